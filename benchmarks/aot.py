@@ -102,7 +102,7 @@ def tpu_topologies(names: str) -> dict[str, list[jax.Device]]:
 
 
 def abstract_state(initialize: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Returns the template and the abstract state that `initialize` would create."""
+    """Returns the template, and the shapes and dtypes of the state, that `initialize` creates."""
     template: Any = None
 
     def initial_state() -> Any:
@@ -138,8 +138,8 @@ def compile_ahead(
     Returns:
       A row with memory and work per device, and predicted times if the chip is in `CHIPS`. For
       other chips, "fits" (whether the program fits in the chip's memory) is None. If XLA rejects
-      the program because it needs too much memory, "fits" is False, and "reason" replaces all
-      results.
+      the program because it needs too much memory, "fits" is False, and "reason" replaces the
+      other results.
 
     Raises:
       InputError: Compilation fails for a reason other than memory.
@@ -215,9 +215,8 @@ def _predict_time(compiled: Any, chip: Chip, row: Row) -> Row:
 def add_scaling_efficiency(rows: Sequence[Row]) -> None:
     """Adds each row's scaling efficiency: the first row's predicted time divided by the row's.
 
-    Rows without a predicted time get no efficiency.
-
-    The rows are results of `compile_ahead` for one program with equal work per device.
+    The rows are results of `compile_ahead` for one program with equal work per device. Rows without
+    a predicted time get no efficiency.
     """
     for row in rows:
         if "predicted_ms" in rows[0] and "predicted_ms" in row:

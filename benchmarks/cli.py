@@ -16,7 +16,7 @@ Extraction with an encoder's weights, and the preparation of recordings:
     mister-jax benchmark --encoder=FOLDER --throughput --torch --onnx
     mister-jax benchmark --prepare=5000
 
-The prediction of a recording, with its transcript and by voice activity:
+The prediction of a recording, with utterances from a transcript and from voice activity detection:
 
     mister-jax benchmark --recording=call.wav --model=RUN --repeat=100
 
@@ -122,8 +122,8 @@ _SETS = flags.DEFINE_multi_string(
 _RECIPES = flags.DEFINE_multi_string(
     "recipe",
     ["default"],
-    "NAME or 'NAME: VARIANT FIELD=VALUE ...', changes of the default config; the others are "
-    "compared with the first",
+    "recipe, as NAME or 'NAME: VARIANT FIELD=VALUE ...', with changes to the default config; the "
+    "other recipes are compared with the first recipe",
 )
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 1, "seeds of each recipe", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory of --set")
@@ -150,7 +150,7 @@ def main() -> int:
     if config.devices > 1:
         jax.config.update("jax_num_cpu_devices", config.devices)
     if _TORCH.value:
-        # JAX must not reserve memory of the accelerator that PyTorch needs.
+        # JAX must not preallocate accelerator memory, because PyTorch needs this memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sections = _measure(config)
     others = (_ENCODER, _PREPARE, _TRAINING, _RECORDING)
@@ -263,7 +263,8 @@ def measure_fusion(
       lengths: Key of `LENGTHS`, to measure an epoch.
       parts_alone: Whether to measure the parts of a training step.
       compare: Whether to also measure PyTorch.
-      topologies: TPU topologies to compile for; see `aot.tpu_topologies`. Excludes other options.
+      topologies: TPU topologies to compile for; see `aot.tpu_topologies`. Cannot be combined with
+        `lengths`, `parts_alone` or `compare`.
       log: Function called with a message before each long step.
 
     Raises:

@@ -18,7 +18,7 @@ PRESETS: dict[str, Callable[..., MisterEConfig]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """Model, batch and devices of a benchmark. `benchmarks.cli` describes the flags."""
+    """Model, batch and devices of a benchmark. The flags of `benchmarks.cli` explain the fields."""
 
     preset: str = "paper"
     speech_dim: int = 2048

@@ -1,6 +1,6 @@
-"""Benchmarks large utterance encoders at full size, with random or abstract parameters.
+"""Benchmarks large utterance encoders at full size, with random parameters or only their shapes.
 
-Stage 1 has two programs: a LoRA fine-tuning step, and the extraction of features for stage 2.
+Two programs are measured: a LoRA fine-tuning step, and the extraction of features for MiSTER-E.
 `compile_for_tpus` compiles both programs for TPUs, and `measure_encoder` times both programs on
 this machine.
 """
@@ -189,7 +189,7 @@ def model_flops(encoder: str, length: int) -> dict[str, float]:
 
 
 def abstract_batch(tuning: Tuning, num_rows: int) -> Any:
-    """Returns an abstract batch."""
+    """Returns the shape and dtype of each array in a batch."""
     return {
         name: jax.ShapeDtypeStruct((num_rows, *value.shape[1:]), value.dtype)
         for name, value in tuning.batch(1).items()
@@ -199,7 +199,7 @@ def abstract_batch(tuning: Tuning, num_rows: int) -> Any:
 def compile_programs(
     tuning: Tuning, partitioner: JitPartitioner
 ) -> dict[str, tuple[CompiledStep, Any]]:
-    """Returns fine-tuning and extraction by name, each with its abstract input state."""
+    """Returns fine-tuning and extraction by name, each with the shapes of its input state."""
     template, state = aot.abstract_state(lambda: initialize(tuning))
     step, extract = step_functions(tuning, template)
     return {

@@ -2,8 +2,9 @@
 
 All libraries compute the mean of the last hidden states. PyTorch (with transformers) and ONNX
 Runtime (with a text encoder that PyTorch exports) are measured with one utterance at a time, as in
-the released MiSTER-E, and with batches of utterances sorted by length. This library runs Whisper
-both trimmed to the clips' lengths and padded to 30 s, as in PyTorch.
+the released MiSTER-E, and with batches of utterances sorted by length. In a comparison with
+PyTorch, this library runs Whisper twice: trimmed to the clips' lengths, and padded to 30 s, as
+PyTorch requires.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ want like go come get see tell look good right just really never thing time guy 
 and but or because with about from this that my your the a
 """
 _CLIP_SECONDS = (1.0, 5.0)
-_FRAME = 320  # samples per position of Whisper's encoder
+_FRAME = 320  # samples per output frame of Whisper's encoder
 
 _COUNT = {"text": 2000, "speech": 64}  # utterances
 # Batch sizes for the other libraries, and number of batches per size.
@@ -218,7 +219,7 @@ def measure_extraction(
       dtype: Dtype of parameters and computation.
       compare: Whether to also measure PyTorch. Its rows follow the rows of this library.
       onnx: Whether to also measure ONNX Runtime. Its rows come last.
-      rounds: Number of timed passes over all utterances.
+      rounds: Number of timed runs.
       log: Function called with a message before each long step.
 
     Raises:

@@ -78,7 +78,7 @@ def step_flops(config: MisterEConfig, num_dialogues: int, length: int) -> tuple[
 
 
 def abstract_batch(config: MisterEConfig, num_dialogues: int, length: int) -> Any:
-    """Returns an abstract batch."""
+    """Returns the shape and dtype of each array in a batch."""
     return {
         name: jax.ShapeDtypeStruct((num_dialogues, *value.shape[1:]), value.dtype)
         for name, value in make_batch(config, np.array([length]), length).items()
@@ -146,7 +146,7 @@ class TorchMisterE:
 
         from tests.reference import torch_mister_e
 
-        # JAX also uses TF32 by default.
+        # JAX uses TF32 on NVIDIA GPUs by default, so PyTorch uses it too.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self._torch, self._loss = torch, torch_mister_e.loss
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -247,7 +247,7 @@ def measure_epoch(
     """Measures a training epoch.
 
     This library makes batches with `BatchPlan`, and PyTorch with `released_epoch`. Without
-    `compare`, the row for PyTorch only contains its padding.
+    `compare`, the row for PyTorch has only the numbers of batches and shapes, and the padding.
 
     Args:
       config: Model, batch size and devices.

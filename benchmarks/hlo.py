@@ -1,4 +1,4 @@
-"""Determines the work of programs that XLA compiled for TPUs from the programs' text (HLO).
+"""Analyzes the text (HLO) of programs that XLA compiled for TPUs, to determine their work.
 
 XLA's cost analysis counts the body of a loop once, does not distinguish on-chip memory from device
 memory, and omits communication. The text of the scheduled program contains trip counts, memory
@@ -25,7 +25,8 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\](\{[^}]*\})?")
 _ON_CHIP = re.compile(r"S\(\d\)")
 _ALIASED_OUTPUT = re.compile(r"\{(\d+)\}: \(\d+")
-# The devices of a collective: as lists {{0,1}}, as [groups,size], or as axes of a mesh.
+# Three notations for the groups of devices in a collective: lists {{0,1},{2,3}}, [groups,size], and
+# axes of a mesh.
 _GROUP_LISTS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _GROUP_COUNTS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
 _GROUP_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
@@ -40,7 +41,8 @@ _RECEIVED = {
 _COLLECTIVES = (*_RECEIVED, "collective-permute")
 
 
-# Operations that access no memory, or access memory only through the instructions that they call.
+# Operations that access no memory, or whose memory accesses are counted elsewhere: for the
+# instructions that they call, or for the start of an asynchronous operation.
 _FREE = (
     *("parameter", "constant", "iota", "partition-id", "replica-id"),
     *("get-tuple-element", "tuple", "bitcast", "optimization-barrier", "after-all"),
@@ -209,7 +211,7 @@ def _bytes_read(
     body: list[_Instruction],
     computations: dict[str, list[_Instruction]],
 ) -> float:
-    """Returns the bytes of a parameter that a fusion reads; a fusion may read only slices."""
+    """Returns how many bytes of a parameter a fusion reads: all bytes, or those of slices."""
     total = 0.0
     for user in body:
         operands = _operands(user)

@@ -1,8 +1,8 @@
 """Times functions fairly.
 
-Each candidate first runs twice to compile. Then candidates take turns (A B A B), so that changes in
-the machine's speed affect all candidates. Each run waits for its results. A candidate that takes
-less than `SHORTEST_RUN` is called repeatedly in each run.
+Each function (candidate) first runs twice, to compile and to estimate its duration. Then candidates
+take turns (A B A B), so that changes in the machine's speed affect all candidates. Each run waits
+for its results, and repeats calls that take less than `SHORTEST_RUN`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def repeated(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_unt
 
 
 def matmul_peak(config: BenchmarkConfig) -> float:
-    """Measures the FLOP/s of a large matrix product in the config's dtype, for all devices."""
+    """Measures a large matrix product's FLOP/s in the config's dtype, for all devices together."""
     on_cpu = jax.default_backend() == "cpu"
     size = 2048 if on_cpu else 8192
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(config.dtype))

@@ -29,7 +29,7 @@ TRAINING_STEP = "training step"
 
 
 class Part(NamedTuple):
-    """Part of the model, as a function of constants and of variables that need a gradient."""
+    """Part of the model, as a function of variables, which need gradients, and of constants."""
 
     function: Callable[[Any, Any], Any]
     variables: Any

@@ -17,8 +17,8 @@ from mister_jax.data.synthetic_speech import MAX_LENGTH, MIN_LENGTH, write_speec
 from mister_jax.errors import InputError
 
 # Script that runs a command and prints the peak memory of the command's largest process. This
-# process cannot measure that memory, because RUSAGE_CHILDREN includes the memory that a child
-# inherits before it execs.
+# process cannot measure that memory, because RUSAGE_CHILDREN would include the memory of this
+# process, which a child has until it calls exec.
 _RUN_AND_PRINT_MEMORY = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
@@ -30,7 +30,7 @@ sys.exit(status)
 def measure_preparation(
     num_utterances: int, num_workers: int = 2, log: Callable[[str], None] = lambda line: None
 ) -> list[Row]:
-    """Prepares a corpus with about `num_utterances`, and a corpus of a fourth of this size.
+    """Prepares a corpus of about `num_utterances` utterances, and a corpus of a quarter of that.
 
     Returns:
       A row for each corpus, and a row for the difference between the two corpora, in which the

@@ -6,7 +6,7 @@
 
 A recipe is a name, a colon, and the variants of configs/fusion.py and config fields that differ
 from the default. A set is a feature dataset with its folds; see `mister-jax crossval`. Only a set
-DATASET@test, which confirms a choice, reads the dataset's test split. On such a set, every model
+DATASET@test reads the dataset's test split, to confirm a choice. On such a set, every model
 trains on the training split, selects its epoch on the validation split, and is scored on the test
 split.
 
@@ -123,7 +123,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
-        """Parses "NAME" or "NAME: VARIANT FIELD=VALUE ...", in any order."""
+        """Parses "NAME" or "NAME: VARIANT FIELD=VALUE ...", with the changes in any order."""
         name, _, changes = (part.strip() for part in text.partition(":"))
         if not name or not all(letter.isalnum() or letter in "-_." for letter in name):
             raise InputError(
@@ -161,7 +161,7 @@ class Recipe:
         if of.uses_test_split:
             return config
         config.data.fold_splits = ",".join(SPLITS)
-        # Nothing is chosen on validation, so all dialogues outside the test fold train.
+        # Nothing is chosen on validation, so models also train on the validation dialogues.
         config.data.validate_on_train = True
         config.train.select_by = "last"
         return config
@@ -188,8 +188,9 @@ def compare_recipes(
       quiet: Whether to hide progress.
 
     Returns:
-      For each set, "rows": the scores, the difference from the first recipe with its interval, and
-      the training seconds. None if SIGTERM interrupted the training.
+      The content of `recipes.json`: the names of the "recipes", and the "sets". Each set has "rows"
+      with the scores, the difference from the first recipe with its interval, and the seconds of
+      the cross-validation. None if SIGTERM interrupted the training.
 
     Raises:
       InputError: A dataset, fold or recipe does not exist, or a name is repeated.
@@ -220,7 +221,7 @@ def compare_recipes(
             scores = cross_validate(folds[of, recipe], folder, quiet=quiet)
             if scores is None:
                 return None
-            # A repeated command only reads the results, so the first command stores the run time.
+            # A repeated command only reads the results, so do not replace the stored run time.
             if not (folder / "seconds.json").exists():
                 write_json(folder / "seconds.json", {"seconds": time.perf_counter() - started})
             predictions[recipe.name] = _read_predictions(folder / "predictions.jsonl")
@@ -230,7 +231,7 @@ def compare_recipes(
                 **read_json(folder / "seconds.json"),
             }
         first = predictions[recipes[0].name]
-        # A single expert is the model itself.
+        # If the model has only one expert, the expert's predictions are the model's predictions.
         for name in first.experts if len(first.experts) > 1 else ():
             predictions[f"{recipes[0].name}, {name} expert"] = _of_expert(first, name)
         parts = _parts(of, data_dir or None, configs[of, recipes[0]].data.fold_seed)
@@ -249,7 +250,7 @@ def compare_recipes(
 
 
 def _row(name: str, predicted: SplitPredictions, first: SplitPredictions) -> dict[str, Any]:
-    # Score the first recipe on the expert's utterances, which all have the expert's modality.
+    # Score the first recipe on the same utterances, because an expert may not predict all of them.
     same = np.where(predicted.predicted >= 0, first.predicted, NO_VOTE)
     compared = compare_predictions(dataclasses.replace(first, predicted=same), predicted)["scores"]
     row: dict[str, Any] = {"name": name, **{score: compared[score]["second"] for score in _SCORES}}
@@ -277,7 +278,7 @@ def _of_expert(predictions: SplitPredictions, name: str) -> SplitPredictions:
 
 
 def _align(predicted: Mapping[tuple[str, str], int], like: SplitPredictions) -> SplitPredictions:
-    """Returns predictions by dialogue and utterance in the order of the predictions `like`."""
+    """Arranges predictions, given by dialogue and utterance id, in the order of `like`."""
     dialogues = [like.dialogue_ids[index] for index in like.dialogue_index]
     keys = zip(dialogues, like.utterance_ids.tolist(), strict=True)
     return dataclasses.replace(like, predicted=np.array([predicted[key] for key in keys]))
@@ -340,7 +341,7 @@ def predict_by_regression(parts_of_folds: Sequence[Parts]) -> dict[tuple[str, st
 
 def _choose_regression(train: DialogueFeatures, validation: DialogueFeatures) -> tuple[int, float]:
     """Returns the window and the regularization with the lowest validation cross-entropy."""
-    # Dialogues of one utterance have no neighbors.
+    # If all dialogues have one utterance, there are no neighbors.
     windows = WINDOWS if train.lengths.max() > 1 else WINDOWS[:1]
     losses: dict[tuple[int, float], float] = {}
     for window in windows:
@@ -363,7 +364,9 @@ class _Regression:
         try:
             from sklearn.linear_model import LogisticRegression
         except ImportError as error:
-            raise InputError("needs scikit-learn: pip install scikit-learn") from error
+            raise InputError(
+                "logistic regression needs scikit-learn: pip install scikit-learn"
+            ) from error
 
         self._window = window
         self._standardizers = {

@@ -41,7 +41,7 @@ def measure_recording(
     repeat: int = 1,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Measures the prediction of a recording with its transcript and by voice activity.
+    """Measures predictions with utterances from a transcript and from voice activity detection.
 
     Args:
       recording: Recording in any format that FFmpeg reads.
@@ -55,7 +55,7 @@ def measure_recording(
 
     Returns:
       A row for each source of utterances. Before the measurement, the model is loaded and predicts
-      the unrepeated recording once. Seconds and memory do not include these steps.
+      the unrepeated recording once; only "start_seconds" and "start_memory_mib" include this.
 
     Raises:
       InputError: A file or the model cannot be used.
@@ -221,7 +221,7 @@ def _peak_memory_mib() -> float:
     """Returns the peak memory of this process."""
     status = pathlib.Path("/proc/self/status")
     if status.exists():
-        # Unlike ru_maxrss, VmHWM excludes the memory that a child inherits before it execs.
+        # Unlike ru_maxrss, VmHWM excludes memory that this process inherited from its parent.
         (line,) = (it for it in status.read_text().splitlines() if it.startswith("VmHWM:"))
         return int(line.split()[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

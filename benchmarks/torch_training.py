@@ -320,7 +320,7 @@ def collate(dialogues: list[Batch]) -> Batch:
 def make_optimizer(
     model: nn.Module, config: Any, num_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Makes AdamW without weight decay for biases and scales, and a cosine schedule."""
+    """Makes AdamW without weight decay for biases and scales, and a cosine schedule with warmup."""
     parameters = list(model.parameters())
     groups: list[dict[str, Any]] = [
         {"params": [value for value in parameters if value.ndim > 1]},

@@ -34,8 +34,8 @@ from mister_jax.tasks.fusion import FusionTask
 Log = Callable[[str], None]
 
 # Script that runs a command, and prints its times and peak memory. This process cannot measure that
-# memory, because RUSAGE_CHILDREN includes the memory that a child inherits before it execs. All
-# processes share the clock of time.monotonic().
+# memory, because RUSAGE_CHILDREN would include the memory of this process, which a child has until
+# it calls exec. All processes share the clock of time.monotonic().
 _RUN_AND_MEASURE = """
 import json, resource, subprocess, sys, time
 start = time.monotonic()
@@ -50,7 +50,7 @@ print(json.dumps({"start": start, "end": end, "cpu": cpu, "memory": usage.ru_max
 
 # Script that runs `mister-jax train` and records when the first, middle and last step and the whole
 # training ended. The script waits for the devices only at these steps, because training dispatches
-# steps ahead of the devices.
+# a step before the devices have finished the previous step.
 _TRAIN = """
 import json, pathlib, sys, time
 import jax

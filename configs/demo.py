@@ -23,13 +23,14 @@ def get_config() -> ConfigDict:
         {
             "context_dim": 64,
             "fusion_dim": 64,
-            # In this corpus, emotions depend on both modalities and on the previous utterances.
+            # The emotions of a dialogue in this corpus form a Markov chain, so a GRU and a CRF
+            # replace the co-attention layers.
             "fusion_layers": 0,
             "fusion_gru_layers": 1,
             "crf": True,
             "gate_dim": 32,
             "gate_temperature": 0.5,
-            # The contexts show better than the logits how informative each modality is.
+            # The speech and text contexts show how informative each modality is.
             "gate_reads_contexts": True,
             "input_dropout": 0.3,
             "context_dropout": 0.2,
@@ -37,7 +38,7 @@ def get_config() -> ConfigDict:
             "modality_dropout": 0.3,
         }
     )
-    # Trained with the mixture's loss alone, the gate learns to rely on the cross-modal expert.
+    # With the mixture's loss alone, the gate would learn to rely on the cross-modal expert.
     config.loss.weights.gate = 1.0
     config.loss.sharpness = 4.0
     config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 1.0})

@@ -17,7 +17,7 @@ seeds:
     paper               0.570 +- 0.005    0.759 +- 0.014
     with lecun          0.591             0.770
 
-"with lecun" is `paper` with `model.initialization=lecun` and seed 0.
+"with lecun" is `paper` with `model.initialization=lecun`, for seed 0 only.
 
 Ablations: weighted F1 of the default, and differences from the default with 95% intervals, in a
 cross-validation on training and validation dialogues with one seed (see docs/benchmarks.md for the
@@ -36,7 +36,7 @@ command):
     speech_only        -0.194 (-0.237 to -0.149)  -0.092 (-0.112 to -0.072)
 
 The context network and both modalities help on `mspimprov_features`. The losses of the paper bring
-no gain, so the default does not have them.
+no gain, so the default does not use them.
 """
 
 from typing import Any
@@ -95,7 +95,7 @@ def _without(name: str):
 
 
 def _focal(config: ConfigDict) -> None:
-    """Replaces the cross-entropies by focal losses, unless the config already has them."""
+    """Replaces the cross-entropies with focal losses, unless the losses are already focal."""
     config.loss.gamma = config.loss.gamma or 1.0
 
 
@@ -107,7 +107,7 @@ def _score(config: ConfigDict) -> None:
 
 
 def _no_context(config: ConfigDict) -> None:
-    """Reduces the speech and text experts to one linear layer per utterance."""
+    """Makes the speech and text experts linear classifiers of single utterances."""
     config.model.kernel_sizes = ()
     config.model.gru_layers = 0
 
@@ -148,7 +148,7 @@ ABLATIONS = {
 def ablation_configs(config: ConfigDict) -> dict[str, ConfigDict]:
     """Returns the config as "default", and all variants of `ABLATIONS` that change the training.
 
-    For example, `no_contrastive` only changes the training of `paper`, and `majority` does not
+    For example, `no_contrastive` changes only the training of `paper`, and `majority` does not
     change the training of a single expert.
     """
     configs = {"default": config}
@@ -163,7 +163,7 @@ def ablation_configs(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def _used_fields(config: ConfigDict) -> dict[str, Any]:
-    """Returns the config with the same value for all settings of parts that the model lacks."""
+    """Returns the config with fixed values for settings that have no effect on the training."""
     used = ConfigDict(config.to_dict())
     experts = set(config.model.experts)
     if len(experts) == 1:
@@ -256,9 +256,9 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             "epochs": 30,
             "patience": 0,
             # Validation score that chooses the epoch: a score of `metrics.SCORE_NAMES`, "loss", or
-            # "last" for the last epoch.
+            # "mae" of a model that predicts scores. "last" chooses the last epoch.
             "select_by": "weighted_f1",
-            # Work directory or bundle of a model whose parameters training starts from.
+            # Model from whose parameters training starts; see `TrainConfig.init_from`.
             "init_from": "",
             "log_every": 10,
             "save_every": 0,

@@ -8,7 +8,10 @@ of `ENCODERS`; `--config.encoder.options.name=FOLDER` reads the encoder from a f
 Small encoders are fully fine-tuned. LLMs are fine-tuned with LoRA, and their audio towers are
 frozen. Qwen2-Audio uses the recipe of the released code: rank 16 and alpha 8, on the language
 model's queries and keys. SALMONN continues from the LoRA weights in its checkpoint, which have rank
-8 and alpha 32 and apply to queries and values. Random crops are used only in training.
+8 and alpha 32 and apply to queries and values.
+
+In training, clips longer than `crop_seconds` are cropped at a random position. In evaluation and
+extraction, clips longer than `max_seconds` are truncated at the end.
 
 SALMONN consists of four checkpoints. Pass each checkpoint as a file or folder. Whisper and Vicuna
 can also be names on the Hugging Face Hub. The Hub has Vicuna 7B v1.5 only in PyTorch's format, so

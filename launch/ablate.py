@@ -1,4 +1,4 @@
-"""Compares variants of MiSTER-E, the same as `mister-jax ablate`."""
+"""Compares variants of MiSTER-E, like `mister-jax ablate`."""
 
 from mister_jax.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Measures speed and memory, the same as `mister-jax benchmark`."""
+"""Measures speed and memory, like `mister-jax benchmark`."""
 
 from mister_jax.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Compares the predictions of runs, the same as `mister-jax compare`."""
+"""Compares the predictions of runs, like `mister-jax compare`."""
 
 from mister_jax.cli.main import main
 

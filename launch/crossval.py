@@ -1,4 +1,4 @@
-"""Cross-validates MiSTER-E, the same as `mister-jax crossval`."""
+"""Cross-validates MiSTER-E, like `mister-jax crossval`."""
 
 from mister_jax.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Scores a trained work directory, the same as `mister-jax evaluate`."""
+"""Scores a trained work directory, like `mister-jax evaluate`."""
 
 from mister_jax.cli.main import main
 

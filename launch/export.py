@@ -1,4 +1,4 @@
-"""Exports a model or a fine-tuned encoder, the same as `mister-jax export`."""
+"""Exports a model or a fine-tuned encoder, like `mister-jax export`."""
 
 from mister_jax.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Extracts features from a dataset, the same as `mister-jax extract`."""
+"""Extracts features from a dataset, like `mister-jax extract`."""
 
 from mister_jax.cli.main import main
 

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the other scripts. Creates .venv in the repository, and installs the project with the
-# extras in $1 and the weights of MiniLM. Does nothing if setup.cfg has not changed since the last
-# installation.
+# extras in $1 and the weights of MiniLM. Installs nothing if setup.cfg has not changed since the
+# last installation.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,4 +1,4 @@
-"""Predicts the emotions of recordings and texts, the same as `mister-jax predict`."""
+"""Predicts the emotions of recordings and texts, like `mister-jax predict`."""
 
 from mister_jax.cli.main import main
 

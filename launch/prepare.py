@@ -1,4 +1,4 @@
-"""Prepares a dataset, the same as `mister-jax prepare`."""
+"""Prepares a dataset, like `mister-jax prepare`."""
 
 from mister_jax.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Reproduces the paper, the same as `mister-jax reproduce`."""
+"""Reproduces the paper, like `mister-jax reproduce`."""
 
 from mister_jax.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Sweeps hyperparameters, the same as `mister-jax sweep`."""
+"""Sweeps hyperparameters, like `mister-jax sweep`."""
 
 from mister_jax.cli.main import main
 

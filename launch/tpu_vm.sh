@@ -12,9 +12,10 @@
 #     --config.data.data_dir=gs://BUCKET/data --workdir=gs://BUCKET/run
 #
 # The script creates a queued resource, or reuses an existing resource with this name, and waits
-# until it is active. It copies the repository to all workers, installs it, starts the command on
-# each worker and prints the output of worker 0. If the slice is preempted, the script creates it
-# again and restarts the command, which resumes from its workdir. Keep data and workdir on gs://.
+# until it is active. Then it copies the repository to all workers, installs the project, starts the
+# command on each worker and prints the output of worker 0. If the slice is preempted, the script
+# creates the slice again and restarts the command, which resumes from its workdir. Keep data and
+# workdir on gs://.
 #
 # If you stop this script, the command keeps running. Start the script again to see the command's
 # output.

@@ -1,4 +1,4 @@
-"""Trains a model with a config, the same as `mister-jax train`."""
+"""Trains a model with a config, like `mister-jax train`."""
 
 from mister_jax.cli.main import main
 

@@ -1,8 +1,8 @@
 """Bundles: folders with a trained model and everything that prediction needs.
 
 A bundle has `config.json`, `model.safetensors` and a model card, `README.md`. The folder `encoders`
-contains the encoders that are not on the Hugging Face Hub. A bundle has no absolute paths, so users
-can move and share it. Names that start with "./" are paths in the bundle.
+contains copies of encoders; encoders on the Hugging Face Hub need no copy. A bundle has no absolute
+paths, so users can move and share it. In `config.json`, "./" stands for the bundle's folder.
 """
 
 from __future__ import annotations
@@ -104,11 +104,10 @@ def is_bundle(folder: epath.PathLike) -> bool:
 
 
 def read_bundle(folder: epath.PathLike) -> Bundle:
-    """Reads the config of a bundle, and checks that no file is missing or has changed.
+    """Reads the config of a bundle, and checks that no file it lists is missing or has changed.
 
     Raises:
-      InputError: The bundle is damaged or incomplete, or was written by a newer version of
-        mister_jax.
+      InputError: The bundle is damaged or incomplete, or its format is not `FORMAT`.
     """
     folder = pathlib.Path(os.path.normpath(pathlib.Path(folder).absolute()))
     path = folder / CONFIG_FILE
@@ -198,12 +197,12 @@ def write_bundle(
 
 
 def path_in_bundle(*parts: str) -> str:
-    """Returns the name of a path in a bundle. `read_bundle` resolves this name."""
+    """Returns a path in a bundle with the prefix "./", which `read_bundle` makes absolute."""
     return _IN_BUNDLE + "/".join(parts)
 
 
 def _resolve_paths(values: dict[str, Any], folder: pathlib.Path) -> None:
-    """Replaces names that start with "./" with absolute paths."""
+    """Replaces values that start with "./" with absolute paths."""
     for name, value in values.items():
         if isinstance(value, str) and value.startswith(_IN_BUNDLE):
             path = pathlib.Path(os.path.normpath((folder / value).absolute()))

@@ -1,8 +1,8 @@
 """Calibration of a trained model's probabilities, fitted on the validation split.
 
-A temperature T and, as an option, a bias b per class replace the probabilities p by
-softmax(log p / T + b) (arXiv 1706.04599, section 4.2). Log-probabilities are logits up to a
-constant, so the calibration also applies to the mean probabilities of several seeds.
+A temperature T and, optionally, a bias b per class replace the probabilities p by
+softmax(log p / T + b) (arXiv 1706.04599, section 4.2). This formula needs probabilities instead of
+logits, so it also applies to the mean probabilities of several seeds.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Calibration:
 
 
 def _log(probabilities: Any, xp: Any = np) -> Any:
-    """Returns finite logarithms of probabilities."""
+    """Returns the logarithms of probabilities, finite even for a probability of 0."""
     return xp.log(xp.maximum(probabilities, xp.finfo(probabilities.dtype).tiny))
 
 
@@ -113,10 +113,10 @@ def fit_calibration(
 ) -> Calibration | None:
     """Fits a calibration that minimizes the mean negative log-likelihood of the labels.
 
-    The inverse temperature and the biases have a Gaussian prior with a standard deviation of 1. At
-    the mean of the prior, the probabilities are unchanged. The prior has the weight of one
-    utterance. Without the prior, a few predictions that are all correct would give a temperature
-    near 0. The fitted calibration never makes the likelihood worse.
+    The inverse temperature and the biases have Gaussian priors with a standard deviation of 1. The
+    means of the priors, 1 and 0, leave the probabilities unchanged. Without the priors, a few
+    predictions that are all correct would give the minimum temperature. The fitted calibration
+    never makes the likelihood of these labels worse.
 
     Args:
       probabilities: Class probabilities, [N, C].
@@ -248,7 +248,7 @@ def read_calibration(
       The calibration, or None if no calibration was fitted for these parameters.
 
     Raises:
-      InputError: The file is damaged.
+      InputError: The file is damaged, or was written for another number of classes.
     """
     path = epath.Path(workdir) / CALIBRATION_FILE
     if not path.exists():

@@ -21,8 +21,8 @@ from mister_jax.errors import InputError
 LATEST, BEST = "latest", "best"
 _STATE, _PROGRESS = "state", "progress"
 
-# Seconds after which a write of a single process fails. The time includes pauses of the process,
-# for example while Slurm suspends the job or a laptop sleeps, so Orbax's 20 minutes are too short.
+# In a run with a single process, a write fails after this many seconds. They include pauses, for
+# example while Slurm suspends the job or a laptop sleeps, so Orbax's 20 minutes are too short.
 _WRITE_TIMEOUT = 7 * 24 * 3600
 
 OnSave = Callable[[str, int, Any, dict[str, Any]], None]
@@ -31,9 +31,9 @@ OnSave = Callable[[str, int, Any, dict[str, Any]], None]
 class Checkpoints:
     """Reads and writes checkpoints in `workdir/checkpoints`, and keeps the newest of each kind.
 
-    A run resumes from its latest checkpoint, and needs the best checkpoint of that time. When a
-    newer best checkpoint is saved, the previous one is therefore kept until the next latest
-    checkpoint is complete.
+    A run resumes from its `LATEST` checkpoint, and then needs the best parameters up to that step.
+    When a new `BEST` checkpoint is saved, the previous one is therefore kept until the next
+    `LATEST` checkpoint is complete.
 
     Use this class as a context manager. On exit, the context manager waits for checkpoints that are
     still being written.
@@ -67,7 +67,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        # Deleting a checkpoint waits for all processes, but an error may be in one process only.
+        # `_wait` may delete a checkpoint. Deletion waits for all processes, and would therefore
+        # block a process that has failed.
         if error_type is None:
             self._wait()
         for manager in self._managers.values():
@@ -184,7 +185,7 @@ class Checkpoints:
                 max_to_keep = 2 if kind == BEST else 1
                 options = {"max_to_keep": max_to_keep, "cleanup_tmp_directories": True}
                 if jax.process_count() == 1:
-                    # Waiting for directories that are created in the background has a timeout, too.
+                    # Waiting for directories that are created in the background could time out.
                     options["async_options"] = self._ocp.AsyncOptions(
                         timeout_secs=_WRITE_TIMEOUT, create_directories_asynchronously=False
                     )
@@ -195,9 +196,9 @@ class Checkpoints:
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    """Returns False for Orbax's messages, except errors that are not about damaged metadata.
+    """Filters out Orbax's messages below level ERROR, and its errors about damaged metadata.
 
-    Orbax continues without the metadata if it can. Otherwise it raises an exception.
+    After such an error, Orbax continues without the metadata or raises an exception.
     """
     if "orbax" not in record.pathname:
         return True

@@ -23,8 +23,8 @@ _WIDTH_OF_FILES = 160
 def output_console() -> Console:
     """Returns a console that prints tables to standard output.
 
-    For a file or a pipe, which have no width, Rich would assume 80 columns and divide the cells of
-    wider tables. There, tables may have 160 columns, or the number in the variable COLUMNS.
+    For a file or a pipe, Rich would assume 80 columns and wrap the cells of wider tables. This
+    console uses 160 columns instead, unless the environment variable COLUMNS sets the width.
     """
     console = Console(highlight=False)
     if not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdigit():
@@ -251,7 +251,7 @@ def _clock(seconds: float) -> str:
 
 
 def comparison_table(title: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
-    """Returns a table of `columns`, which maps column names and row names to cells."""
+    """Returns a table of `columns`, which maps each column name to its cells by row name."""
     table = Table("", *columns, title=escape(title), box=rich.box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -19,7 +19,7 @@ EXTRAS = {
     "asr": ("faster_whisper",),
     "train": _TRAIN,
 }
-"""Packages that each extra installs."""
+"""Packages that `require_extra` checks for each extra."""
 
 
 class InputError(ValueError):

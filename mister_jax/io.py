@@ -17,7 +17,7 @@ from mister_jax.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FULLY_HASHED, _BLOCK, _NUM_BLOCKS = 2**26, 2**16, 64  # sizes in bytes; see `hash_file`
+_FULLY_HASHED, _BLOCK, _NUM_BLOCKS = 2**26, 2**16, 64  # bytes, bytes, count; see `hash_file`
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

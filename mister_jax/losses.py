@@ -1,10 +1,10 @@
 """MiSTER-E's losses: pure functions from masked arrays to a float32 scalar.
 
-Each loss is a sum divided by a count. Under a mapped axis (`pmap` or `shard_map`), pass its
+Each loss is a sum divided by a count. In `pmap` or `shard_map`, pass the name of the mapped axis as
 `axis_name`. Each device then divides the sum over its own rows by the count over all devices, and
-the contrastive loss compares its rows with those of all devices. The sums over all devices
-(`jax.lax.psum`, not `pmean`) are the loss of the global batch and its gradient. `shard_map` already
-sums the gradients of parameters that the devices share.
+the contrastive loss compares these rows with the rows of all devices. To get the loss of the global
+batch and its gradient, sum the losses and gradients over all devices (`jax.lax.psum`, not `pmean`).
+`shard_map` already sums the gradients of parameters that the devices share.
 
 `mister_e` is the training objective. It combines the other losses.
 """
@@ -155,7 +155,7 @@ class _ContrastivePairs(NamedTuple):
 def _pairs(
     axis_name: str | None, x: jax.Array, labels: jax.Array, mask: jax.Array
 ) -> _ContrastivePairs:
-    """Pairs normalized representations, [..., F], whose dot products are the similarities."""
+    """Pairs representations, [..., F], scaled so that their dot products are the similarities."""
     offset: jax.Array | int = 0
     if axis_name is not None:
         offset = jax.lax.axis_index(axis_name) * mask.size
@@ -193,7 +193,7 @@ def _sum_over_anchors_forward(axis_name, x, labels, mask):
 
 
 def _sum_over_anchors_backward(axis_name, residuals, cotangents):
-    """Computes the gradient of this device's representations without a sum over devices.
+    """Computes the gradient for this device's representations without a sum over devices.
 
     Each representation contributes to the loss as an anchor and as a candidate for other anchors.
     Automatic differentiation would compute the second contribution's gradient on the devices that
@@ -336,7 +336,7 @@ def _gate_responsibility(
     """Computes `gate_responsibility` from sharpness * log p(label), [..., E]."""
     responsibility = jax.nn.softmax(scaled_log_p, where=present)  # ... E
     responsibility = jax.lax.stop_gradient(responsibility)
-    # The lower bound keeps the logarithm finite. Learned gate weights are far above this bound.
+    # The lower bound keeps the logarithm finite. Learned gate weights are usually far above it.
     log_gate = jnp.log(jnp.where(present, jnp.maximum(gate.astype(jnp.float32), 1e-12), 1))
     return _divide_by_global_count(-(responsibility * log_gate).sum(), mask.sum(), axis_name)
 
@@ -433,7 +433,7 @@ def mister_e(
 
     - the focal losses of the mixture and of each expert, where the expert is present,
     - the contrastive loss between the fusion expert's speech and text representations,
-    - the agreement of the experts,
+    - `expert_agreement`, the divergence between the experts,
     - the gate loss `gate_responsibility`, whose weight is 0 in the released code,
     - `score_error`, if the model predicts scores and `scores` is given.
 
@@ -455,14 +455,14 @@ def mister_e(
       scores: Annotated scores, [B, T], NaN if missing; by default, the loss has no `score_error`.
       ratings: Number of raters who chose each class, [B, T, C]. If given, the raters'
         distributions are the targets. The focal losses are then sums over the classes, weighted by
-        each class's share of the raters. For the gate loss, an expert's log-probability of the
-        label is replaced by the mean over the classes with the same weights. For an utterance
-        without ratings, the label is the target. The contrastive loss always uses labels.
+        each class's share of the raters. In the gate loss, the mean of an expert's
+        log-probabilities with the same weights replaces the log-probability of the label. For an
+        utterance without ratings, the label is the target. The contrastive loss always uses labels.
       axis_name: Mapped axis; see the module's docstring.
 
     Returns:
       Weighted sum, [] float32, and the unweighted losses by their names in `LossWeights`, each []
-      float32. Losses with weight 0 and losses that need disabled experts or `scores` are left out.
+      float32. Losses with weight 0 and losses without the experts or scores they need are left out.
 
     Raises:
       ValueError: `gamma` or `sharpness` is negative.

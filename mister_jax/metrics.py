@@ -1,6 +1,7 @@
-"""Classification scores, computed from confusion counts.
+"""Scores of predictions.
 
-The devices compute confusion matrices, and the host computes scores from their sum.
+For classification scores, the devices compute confusion matrices, and the host computes the scores
+from the sum of these matrices.
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def regression_scores(score: np.ndarray, predicted: np.ndarray) -> dict[str, Any
       - "pearson_r": Pearson's correlation; None if all annotated or all predicted scores are equal.
       - "accuracy_7", "accuracy_5": Accuracy of the rounded scores.
       - "utterances": Number of utterances with scores.
-      - "binary": Result of `binary_sentiment` for the signs of the scores.
+      - "binary": Result of `binary_sentiment` for the signs of the predicted scores.
     """
     score, predicted = np.asarray(score, float), np.asarray(predicted, float)
     annotated = ~np.isnan(score)
@@ -216,7 +217,7 @@ def regression_scores(score: np.ndarray, predicted: np.ndarray) -> dict[str, Any
         return float(np.equal(*rounded).mean())
 
     binary = binary_sentiment(score, predicted > 0)
-    # An exact 0 is not negative.
+    # In this convention, a predicted score of 0 is not negative.
     binary["negative_nonnegative"] = binary_sentiment(score, predicted >= 0)["negative_nonnegative"]
     return {
         "mae": float(np.abs(score - predicted).mean()),
@@ -264,7 +265,7 @@ def rater_scores(ratings: np.ndarray, probabilities: np.ndarray) -> dict[str, An
     js = (divergence(raters, middle) + divergence(probabilities, middle)) / 2
     chosen = ratings[np.arange(len(count)), probabilities.argmax(-1)] > 0
     agreement = kappa = None
-    # If one rater voted for several classes, the votes would count as disagreement.
+    # A vote that one rater divides among several classes would count as disagreement.
     whole = np.isclose(ratings, np.round(ratings), atol=1e-4).all(-1)
     several = whole & (count > 1.5)
     if several.any():
@@ -340,8 +341,8 @@ def risk_coverage(
 
     Returns:
       Coverage and risk at each distinct confidence, in ascending order of coverage, and the area
-      under the curve. The area is the mean risk over all numbers of predicted utterances. For this
-      mean, utterances with equal confidence are in random order.
+      under the curve. The area is the mean risk if the classifier predicts 1, 2, ..., N utterances,
+      with utterances of equal confidence in random order.
     """
     values, index = np.unique(-np.asarray(confidence, float), return_inverse=True)
     count = np.bincount(index, minlength=len(values))

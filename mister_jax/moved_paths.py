@@ -25,7 +25,7 @@ def find_moved(path: str, stored_location: Mapping[str, str], folder: epath.Path
     """Returns the current path of a file or folder.
 
     Args:
-      path: Absolute path, or path relative to the current directory when it was stored.
+      path: Path, absolute or relative to the current directory in `stored_location`.
       stored_location: Result of `location` when the path was stored.
       folder: Current path of the folder in `stored_location`.
 

@@ -40,8 +40,8 @@ class OptimizerConfig:
       b1: Decay rate of the first moment.
       b2: Decay rate of the second moment.
       eps: Constant added to the square root of the second moment.
-      weight_decay: Weight decay of "adamw", applied to kernels, embeddings, position tables and
-        LoRA matrices, but not to biases and scales.
+      weight_decay: Weight decay of "adamw", applied to kernels, embeddings and LoRA matrices, but
+        not to biases, scales or Whisper's position table.
       clip_norm: Global norm to which gradients are clipped; 0 disables clipping.
       average_decay: Decay rate of an exponential moving average of the parameters. The average is
         used in validation, in the best checkpoint and in prediction. 0 disables averaging.
@@ -123,7 +123,7 @@ def params_for_evaluation(params: Any, opt_state: Any) -> Any:
 
 
 def _weight_decay_mask(params: Any) -> Any:
-    """Returns a mask of the parameters, or of the `ParamVectors` vectors, with weight decay."""
+    """Returns whether each parameter, or each vector of `ParamVectors`, has weight decay."""
     if isinstance(params, dict) and params.keys() <= {_DECAYED, _NOT_DECAYED}:
         return {name: name == _DECAYED for name in params}
     # The number of axes does not identify kernels, because a GRU's biases and the scales of stacked

@@ -36,15 +36,15 @@ _OOM_HINT = "devices with more memory, or more devices"
 
 @dataclasses.dataclass(frozen=True)
 class _Programs:
-    """Prediction of batches and of steps, for all models of one architecture.
+    """Compiled functions for prediction, which models of one architecture can share.
 
     Attributes:
-      task: Task of any of the models.
+      task: Task of the first of these models.
       mesh: Mesh of the devices.
       predict: Function of `((params, constants), batch)`.
       predict_step: Function of `((params, constants, state), batch)`.
       is_shared: Whether later models can use the programs. The task is then a `FusionTask`.
-      shapes: Row counts and padded lengths of the splits that have been predicted.
+      shapes: Row counts and padded lengths of the batches that have been predicted.
     """
 
     task: Any
@@ -55,8 +55,8 @@ class _Programs:
     shapes: set[tuple[int, int]] = dataclasses.field(default_factory=set)
 
 
-# Models of one architecture, such as those of the folds of a cross-validation, share their programs
-# so that they are traced and compiled only once. The last eight architectures are kept.
+# Models of one architecture, such as those of the folds of a cross-validation, share programs, so
+# each program is traced and compiled only once. Programs of the last eight architectures are kept.
 _shared_programs: collections.deque[_Programs] = collections.deque(maxlen=8)
 
 
@@ -84,7 +84,7 @@ def _programs_for(task: Any, graph: Any, partitioner: JitPartitioner) -> _Progra
         partitioner.mesh,
         partitioner.compile_eval(predict),
         partitioner.compile_eval(predict_step),
-        # This is False for encoders, which would stay in memory.
+        # False for encoders, because shared programs would keep the encoder in memory.
         is_shared=task.shares_steps_with(task),
     )
     if programs.is_shared:
@@ -102,8 +102,7 @@ class Predictor:
     Args:
       model: Work directory of a training run, or a bundle.
       data_dir: Directory of the datasets; by default, the directory used in training.
-      calibrate: Whether to calibrate the probabilities. Has no effect on a model without a
-        calibration.
+      calibrate: Whether to calibrate the probabilities if the model has a calibration.
 
     Attributes:
       folder: Work directory or bundle.
@@ -190,7 +189,7 @@ class Predictor:
         return [_merge(self._graph, params) for params in self.params]
 
     def predict_batch(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """Returns the task's predictions for a batch on the devices, with the batch's "row" array.
+        """Returns the predictions for a batch that is on the devices, with the batch's "row" array.
 
         Probabilities are not calibrated.
         """
@@ -203,7 +202,7 @@ class Predictor:
     def initial_states(self, batch_size: int = 1) -> list[Any]:
         """Returns the state of each seed's causal model before the first utterance."""
         states = [model.initial_state(batch_size) for model in self.models()]
-        # With the sharding of later states, the first step runs the same program as later steps.
+        # Use the sharding of later states, so that the first step runs the same program.
         return jax.device_put(states, self.partitioner.replicated)
 
     def predict_step(
@@ -341,8 +340,8 @@ def prediction_rows(
       A dict with "emotion" (the predicted class) and "probabilities" (by class). If
       `min_confidence` is given, "uncertain" says whether the probability of the predicted class is
       below `min_confidence`. For MiSTER-E, the dict also has "gate" (weights by expert) and
-      "experts" (each expert's prediction, or None if the utterance lacks the expert's modality). If
-      the model predicts scores, "score" is the predicted score.
+      "experts" (each expert's prediction, or None if the expert is disabled or the utterance lacks
+      its modality). If the model predicts scores, "score" is the predicted score.
     """
     for index, probabilities in enumerate(predictions["probabilities"]):
         row: dict[str, Any] = {"emotion": class_names[probabilities.argmax()]}

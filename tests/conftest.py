@@ -49,11 +49,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # JAX creates so many objects that garbage collection would take a tenth of the time.
+    # JAX creates so many objects that garbage collection would take a tenth of the test time.
     gc.set_threshold(20_000, 20, 50)
     if config.getoption("parity"):
         return  # Parity tests compare the optimized programs that users run.
-    # Compilation would take two thirds of the time, here and in the processes that tests start.
+    # Compilation with all optimizations would take two thirds of the test time. The environment
+    # variable is for the processes that tests start.
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     # The programs are small: splitting them to compile the parts in parallel takes longer.
@@ -81,20 +82,20 @@ use_devices_in_module = pytest.fixture(scope="module", autouse=True)(_use_marked
 
 @pytest.fixture(scope="module", autouse=True)
 def free_compiled_programs():
-    """Frees the programs of a test file, which are rarely used by other files.
+    """Frees the compiled programs of a test file.
 
-    The programs of all files would take 6 GB.
+    The programs of all files would take 6 GB. Few programs are used by several files.
     """
     yield
     jax.clear_caches()
 
 
 def pytest_sessionfinish(exitstatus):
-    # The last garbage collections of pytest would take several seconds.
+    # Without `gc.freeze`, the last garbage collections of pytest would take several seconds.
     gc.collect()
     gc.freeze()
     if exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
-        # This runs after multiprocessing has deleted its own folders, at priority -100.
+        # Priority -200 comes after -100, at which multiprocessing deletes its own folders.
         remove = functools.partial(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
         multiprocessing.util.Finalize(None, remove, exitpriority=-200)
 
@@ -199,7 +200,7 @@ def word_tokenizer():
 
 @pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory):
-    """A tiny BERT with random weights and its tokenizer. Tests do not change it."""
+    """A tiny BERT with random weights and its tokenizer. Tests must not change it."""
     from tests.helpers.tiny_encoders import save_bert
 
     folder = tmp_path_factory.mktemp("tiny_bert")
@@ -209,7 +210,7 @@ def bert_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory):
-    """A tiny Llama with random weights and its tokenizer. Tests do not change it."""
+    """A tiny Llama with random weights and its tokenizer. Tests must not change it."""
     from tests.helpers.tiny_encoders import save_llama
 
     folder = tmp_path_factory.mktemp("tiny_llama")
@@ -219,7 +220,7 @@ def llama_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whisper_folder(tmp_path_factory):
-    """A tiny Whisper for 0.8 s with random weights. Tests do not change it."""
+    """A tiny Whisper for 0.8 s with random weights. Tests must not change it."""
     from tests.helpers.tiny_encoders import WHISPER_CONFIG, save_encoder
 
     folder = tmp_path_factory.mktemp("tiny_whisper")
@@ -229,7 +230,7 @@ def whisper_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory):
-    """A tiny Qwen2-Audio for 0.8 s with random weights. Tests do not change it."""
+    """A tiny Qwen2-Audio for 0.8 s with random weights. Tests must not change it."""
     from tests.helpers.tiny_encoders import save_qwen2_audio
 
     folder = tmp_path_factory.mktemp("tiny_qwen")
@@ -239,7 +240,7 @@ def qwen_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def salmonn_options(tmp_path_factory, llama_folder):
-    """The paths of the four checkpoints of a tiny SALMONN for 1 s. Tests do not change them."""
+    """The paths of the four checkpoints of a tiny SALMONN for 1 s. Tests must not change them."""
     from tests.helpers.tiny_encoders import save_salmonn
 
     return save_salmonn(tmp_path_factory.mktemp("tiny_salmonn"), llama_folder)

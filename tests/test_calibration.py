@@ -118,7 +118,7 @@ def test_probabilities_of_zero_stay_finite():
         (0.9, [0, 1, 2], MIN_TEMPERATURE, 1.0),  # all correct
         (0.9, [1, 2, 0], 1.0, MAX_TEMPERATURE),  # all wrong
         (1.0, [0, 1, 2], 1.0, 1.0),  # certain and correct
-        (0.9, [0, 0, 0], 1.0, MAX_TEMPERATURE),  # one class
+        (0.9, [0, 0, 0], 1.0, MAX_TEMPERATURE),  # labels of one class
     ],
 )
 def test_extreme_labels_give_bounded_values(with_bias, confidence, label, low, high):

@@ -42,7 +42,7 @@ def test_a_checkpoint_with_a_truncated_file_is_read_correctly_or_refused(tmp_pat
     refused_files = set()
     for path in sorted(original.rglob("*")):
         name = path.relative_to(original)
-        # The files of a single process are not read, because they are merged into other files.
+        # The files of a single process are not read, because Orbax merges them into other files.
         if path.is_dir() or "ocdbt.process_0" in name.parts:
             continue
         damaged = tmp_path / "damaged"
@@ -84,12 +84,12 @@ def test_a_checkpoint_of_other_shapes_is_refused(finished_workdir):
 
 def test_a_process_may_be_suspended_while_it_saves(tmp_path, monkeypatch):
     now, num_calls = time.time, itertools.count()
-    # Between two looks at the clock, the process is always suspended for half an hour.
+    # Each call of `time` returns half an hour more, as if the process were suspended in between.
     monkeypatch.setattr(time, "time", lambda: now() + 1800 * next(num_calls))
     state = {"kernel": np.arange(3.0)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(LATEST, 3, state, {"epoch": 1})
-    assert 10 < next(num_calls) < 300  # Pauses of more than 300 minutes and less than a week.
+    assert 10 < next(num_calls) < 300  # The pauses take more than five hours, but less than a week.
     monkeypatch.undo()
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         chex.assert_trees_all_equal(checkpoints.restore(LATEST, state), (state, {"epoch": 1}))

@@ -45,7 +45,7 @@ def test_every_default_config_loads(name):
     config = importlib.import_module(f"mister_jax.configs.{name}").get_config()
     if config.task == "fusion":
         check_fusion_config(config)
-    else:  # Creating an encoder task needs its files; see the tests of the tasks.
+    else:  # Creating an encoder task needs the encoder's files; see tests/tasks.
         check_training(config)
         dataclass_from_config(UtteranceConfig, config.head, "head", num_classes=3)
 

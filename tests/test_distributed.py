@@ -55,7 +55,7 @@ def train_to_status(workdir, data_dir, on_step=None):
 
 
 def train_and_kill(workdir, data_dir, process_id):
-    """Trains; process 1 is killed in the third epoch, when the first epoch is certainly saved."""
+    """Trains, and kills process 1 in the third epoch. The first epoch has been saved by then."""
 
     def kill(step):
         if (process_id, step) == (1, 8):
@@ -65,13 +65,13 @@ def train_and_kill(workdir, data_dir, process_id):
 
 
 def train_and_terminate(workdir, data_dir, process_id):
-    """Resumes with slow steps; process 1 receives SIGTERM after its first step."""
+    """Resumes training with slow steps; process 1 receives SIGTERM after its first step."""
     num_steps = itertools.count(1)
 
     def terminate(step):
         if (process_id, next(num_steps)) == (1, 1):
             os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(2.0)  # The processes agree on a step to stop after, which takes seconds.
+        time.sleep(2.0)  # The processes need seconds to agree on the last step.
 
     return train_to_status(workdir, data_dir, on_step=terminate)
 
@@ -85,7 +85,7 @@ def train_evaluate_extract(workdir, data_dir, spoken_dir, encoder_folder, proces
 
 
 def run_process(process_id, port, log, work):
-    """Runs `work(process_id)` as a command that is one of two processes."""
+    """Runs `work(process_id)` as a command in one process of a job with two processes."""
     with pathlib.Path(log).open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,4 +1,4 @@
-"""Examples in README.md and docs/ run, and the flags, files and links they name exist.
+"""Examples in README.md and docs/ run, and the flags, files and links named there exist.
 
 Bash and python blocks are run in one folder, and a command that several pages show is run once. A
 block is not run if a comment before it says why:
@@ -65,7 +65,7 @@ class Block:
 
     @property
     def commands(self):
-        """Arguments of each command."""
+        """The words of each command, including the program name."""
         lines = self.code.replace("\\\n", " ").splitlines()
         return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
@@ -104,7 +104,7 @@ SUBCOMMAND_USES = [
 
 
 def subcommand_arguments(command):
-    """Returns the arguments after `mister-jax`, even after a launcher; [] for other commands."""
+    """Returns the arguments after `mister-jax`, or [] if the command does not contain this word."""
     return list(command[command.index("mister-jax") + 1 :]) if "mister-jax" in command else []
 
 

@@ -1,4 +1,4 @@
-"""Packages import only the packages that they may import, and optional packages are optional."""
+"""Import rules between modules, and packages that an import must not load."""
 
 import ast
 import graphlib
@@ -15,7 +15,8 @@ FILES = sorted(
     for path in ROOT.glob(f"{folder}/**/*.py")
 )
 
-# A part imports only parts in the rows below its row, so no two parts import each other.
+# A part is a top-level module or folder. A part may import only parts in lower rows, so no two
+# parts import each other.
 LAYERS = (
     ("launch",),
     ("cli",),
@@ -43,12 +44,12 @@ def module_name(path):
 
 
 MODULES = {module_name(path): path for path in FILES}
-# mister_jax/__init__.py imports its names on first use.
+# mister_jax/__init__.py is excluded, because it imports its names only on first use.
 PARTS = {name: path for name, path in MODULES.items() if name != "mister_jax"}
 
 
 def imported_modules(path):
-    """Yields the full names of the modules that a file imports, except for type checking."""
+    """Yields the full names of the modules that a file imports, without type-checking imports."""
     tree = ast.parse(path.read_text())
     for_types = {
         id(child)
@@ -70,7 +71,7 @@ def imported_modules(path):
 
 
 def part_of(module):
-    """Returns the entry of LAYERS to which a mister_jax module belongs; None for other modules."""
+    """Returns the name in LAYERS of the part that contains a module; None for other modules."""
     package, *rest = module.split(".")
     if package == "mister_jax":
         return rest[0] if rest else None
@@ -108,7 +109,7 @@ def test_owned_packages_are_imported_by_their_owner_only(module):
         owner = OWNERS.get(imported.split(".")[0], part_of(module))
         assert part_of(module) == owner, f"{module} imports {imported}"
         if imported == "mister_jax.data.lazy":
-            # The metric writer needs TensorFlow for event files of TensorBoard.
+            # The metric writer needs TensorFlow to write event files for TensorBoard.
             allowed = part_of(module) == "data" or module == "mister_jax.training.metric_writer"
             assert allowed, f"{module} imports TensorFlow from {imported}"
 

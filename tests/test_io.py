@@ -1,4 +1,4 @@
-"""Tests reading and writing of JSON files."""
+"""Reading of JSON files, and errors for damaged files."""
 
 import pytest
 

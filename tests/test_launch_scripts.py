@@ -15,6 +15,7 @@ import yaml
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 
 # This script logs its arguments, then prints the next answer from the file for this kind of call.
+# Under the name `srun`, the script exits with the answer as its status instead.
 FAKE_COMMAND = r"""#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$FAKE/calls"
 case "$*" in
@@ -34,7 +35,7 @@ sed -i 1d "$FAKE/$answers"
 def fake_commands(tmp_path):
     """Returns a function that writes fake commands and their answers to a folder.
 
-    An answer "-" stands for an empty line.
+    For the answer "-", a fake command prints nothing.
     """
     folder = tmp_path / "fake"
     folder.mkdir()
@@ -51,7 +52,7 @@ def fake_commands(tmp_path):
 
 
 def run(script, *arguments, folder, **environment):
-    """Runs a script with the fake commands; returns the script's result and the fakes' calls."""
+    """Runs a script with the fake commands; returns its result and the calls of the commands."""
     path = f"{folder}:{os.environ['PATH']}"
     result = subprocess.run(
         ["bash", str(script), *arguments],
@@ -160,7 +161,7 @@ def test_invalid_arguments_exit_with_a_one_line_error(fake_commands, arguments, 
 
 @pytest.fixture
 def worker_repository(tmp_path):
-    """The repository on a worker, installed."""
+    """The folder of the installed repository on a worker."""
     launch = tmp_path / "mister_jax" / "launch"
     launch.mkdir(parents=True)
     shutil.copy(LAUNCH / "tpu_worker.sh", launch)

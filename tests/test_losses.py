@@ -72,7 +72,7 @@ def numpy_gate_responsibility(gate, expert_logits, labels, mask, expert_mask, sh
 
 @pytest.fixture(scope="module")
 def batch():
-    """Eight dialogues of different lengths: one is empty, one lacks labels, some lack experts."""
+    """Eight dialogues: one is empty, one has no labels, and some utterances lack experts."""
     random = np.random.default_rng(0)
     mask = np.arange(6) < np.array([6, 1, 0, 4, 2, 5, 3, 3])[:, None]
     label = np.where(random.random(mask.shape) < 0.9, random.integers(NUM_CLASSES, size=(8, 6)), -1)
@@ -177,8 +177,8 @@ def test_contrastive_equals_its_definition(batch, temperature):
 def test_contrastive_ignores_anchors_without_positives():
     representations = np.eye(3, FUSION_DIM, dtype=np.float32)
     label, everywhere = np.array([0, 0, 1]), np.ones(3, bool)
-    # All cosines are 0, so the loss of the two anchors with a positive is log(2): each has two
-    # candidates.
+    # All cosines are 0, and each anchor has two candidates, so the loss of the two anchors with a
+    # positive is log(2).
     value, _ = contrastive_gradient(representations, label, everywhere)
     np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
     no_positives, gradient = contrastive_gradient(representations, np.arange(3), everywhere)
@@ -311,7 +311,7 @@ def test_short_and_long_dialogues_have_finite_losses(loss, utterances):
 @ALL_LOSSES
 def test_shares_of_eight_devices_sum_to_the_global_loss_and_gradient(batch, loss):
     expected, expected_gradients = value_and_gradients(loss, batch)
-    devices = jax.tree.map(lambda leaf: leaf[:, None], batch)  # one dialogue each
+    devices = jax.tree.map(lambda leaf: leaf[:, None], batch)  # one dialogue per device
 
     def share_and_gradients(dialogue):
         def share(floats):
@@ -377,7 +377,7 @@ def test_gradients_under_shard_map_equal_those_on_one_device(training, varying):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def step(params, batch):
-        if varying:  # Each device has a copy, which gets the gradient of the device's share.
+        if varying:  # Each device's copy gets the gradient of the device's share of the loss.
             params = jax.lax.pcast(params, "data", to="varying")
         value, gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, "data")
         if varying:  # JAX sums only the gradients of parameters that the devices share.

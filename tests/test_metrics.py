@@ -35,7 +35,7 @@ def test_scores_equal_scikit_learn(pairs):
     assert scores["weighted_f1"] == pytest.approx(f1["weighted"])
     assert scores["macro_f1"] == pytest.approx(f1["macro"])
     assert scores["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
-    # `balanced_accuracy_score` would warn about predicted classes that do not occur.
+    # `balanced_accuracy_score` would warn about predicted classes that are not in the labels.
     recall = sklearn.metrics.recall_score(
         labels, predicted, labels=np.unique(labels), average="macro"
     )

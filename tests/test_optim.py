@@ -52,7 +52,7 @@ def test_gradients_are_clipped_by_global_norm_if_configured():
         step_sizes[clip_norm] = float(PARAMS["kernel"][0, 0] - params["kernel"][0, 0])
     assert step_sizes[0.0] == pytest.approx(30 / 1030, rel=1e-3)
     assert step_sizes[1e6] == step_sizes[0.0]
-    clipped = 1 / np.sqrt(6)  # the value of all six gradients, so that their norm is 1
+    clipped = 1 / np.sqrt(6)  # Six gradients of this size have the norm 1.
     assert step_sizes[1.0] == pytest.approx(clipped / (1000 + clipped), rel=1e-3)
 
 
@@ -78,7 +78,7 @@ def test_weight_decay_acts_on_kernels_only():
 def test_average_forgets_early_parameters_faster():
     config = OptimizerConfig(average_decay=0.2, learning_rate=0.1)
     params, state = run_steps(config, GRADIENTS, PARAMS)
-    # The decay rates are 1/10, 2/11, then always 0.2, since (1 + 2) / (10 + 2) is larger.
+    # The decay rates are 1/10, 2/11, then always 0.2, because (1 + 2) / (10 + 2) exceeds 0.2.
     expected = 0.1 * PARAMS["kernel"] + 0.9 * params["kernel"]
     np.testing.assert_allclose(
         optim.params_for_evaluation(params, state)["kernel"], expected, rtol=1e-6

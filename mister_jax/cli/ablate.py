@@ -1,9 +1,9 @@
-"""Compares variants of MiSTER-E, such as single experts, or MiSTER-E without gate or context.
+"""Compares variants of MiSTER-E, such as single experts, or MiSTER-E without its context network.
 
 mister-jax ablate --config=fusion:mosi_features --config.num_seeds=5 --workdir=DIR
 mister-jax ablate --config=fusion:mosi_features --workdir=DIR --variants=default,no_context
 
-Writes `ablation.md`, `ablation.csv` and `ablation.png`. Run the command again to resume.
+The command writes `ablation.md`, `ablation.csv` and `ablation.png`. Run it again to resume.
 """
 
 from absl import flags
@@ -18,7 +18,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the study; created if missing")
 _VARIANTS = flags.DEFINE_list(
-    "variants", [], "ablations of configs/fusion.py; by default, all that change the config"
+    "variants", [], "variants to compare; by default, all that change the training of this config"
 )
 
 

@@ -20,9 +20,10 @@ STOPPED_BY_SIGTERM = 128 + 15
 """Exit status of a command that SIGTERM has stopped early, following the shell convention."""
 _STOPPED_BY_CTRL_C = 128 + 2
 
-_PUNCTUATION = " ('"  # Some messages are printed as tuples.
+# The text of an exception with several arguments is a tuple: these characters precede the message.
+_PUNCTUATION = " ('"
 
-# Maps Python's messages about invalid flag values to clearer messages.
+# Maps messages about invalid flag values to clearer messages.
 _CONVERSION_ERRORS = {
     "invalid literal for int()": "allowed: integers",
     "could not convert string to float": "allowed: numbers",
@@ -33,12 +34,13 @@ _CONVERSION_ERRORS = {
 def run(module: ModuleType) -> None:
     """Parses the command line and runs `main` in a subcommand's module.
 
-    `main` takes no arguments. If the module has `TAKES_ARGUMENTS = True`, `main` takes the list of
-    all arguments that are not flags.
+    If the module has `TAKES_ARGUMENTS = True`, `main` takes the list of all arguments that are not
+    flags. Otherwise, `main` takes no arguments.
 
-    The exit status is the result of `main`, or 0 for None. After invalid flags, an `InputError`, an
-    unwritable path or a missing JAX platform, the command prints one line to stderr and exits with
-    status 2. After Ctrl-C, the status is 130. Other exceptions are bugs and keep their traceback.
+    The exit status is the result of `main`, or 0 for None. After invalid flags, an `InputError`, a
+    missing extra, an unwritable path or a missing JAX platform, the command prints one line to
+    stderr and exits with status 2. After Ctrl-C, the status is 130. Other exceptions are bugs and
+    keep their traceback.
     """
     names = (argument.lstrip("-").partition("=")[0] for argument in sys.argv if argument[:1] == "-")
     if not {"h", "help", "helpshort", "helpfull"}.isdisjoint(names):
@@ -66,7 +68,7 @@ def required_config(flag: flags.FlagHolder) -> Any:
 
 
 def required_workdir(flag: flags.FlagHolder, meaning: str) -> str:
-    """Returns the value of a `--workdir` flag.
+    """Returns the value of a flag that names a required directory.
 
     Raises:
       InputError: The flag is not set. The message ends with `meaning`.
@@ -105,7 +107,7 @@ def _run_main(module: ModuleType, arguments: list[str]) -> int:
 
 
 def _help(module: ModuleType) -> str:
-    """Returns a subcommand's docstring and flags, followed by the flags for multi-process jobs."""
+    """Returns a subcommand's docstring and flags, and the flags of modules such as `cluster`."""
     names = [module.__name__]
     for declaring in (module, *vars(module).values()):
         is_shared = isinstance(declaring, ModuleType) and declaring.__name__ not in names
@@ -199,7 +201,7 @@ def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
 def _missing_config(flag: str, message: str) -> str:
     """Converts ml_collections' message about an unreadable config file to a one-line error."""
     reason = " ".join(message.rpartition("[Errno")[2].partition("]")[2].split())
-    return f"--{flag}: {reason}; needed: a Python file, its path from the current folder"
+    return f"--{flag}: {reason}; needed: the path of a Python file"
 
 
 def _find_override(message: str, arguments: list[str]) -> str:

@@ -25,7 +25,7 @@ from mister_jax.errors import InputError
 
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "run as one process of a multi-process job")
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, with a port that is free there"
+    "coordinator", None, "HOST:PORT of process 0, with a free port of that host"
 )
 _NUM_PROCESSES = flags.DEFINE_string("num_processes", None, "number of processes in the job")
 _PROCESS_ID = flags.DEFINE_string("process_id", None, "index of this process, from 0")
@@ -54,7 +54,7 @@ def distributed(
     A failed process exits immediately, and JAX ends the other processes after `HEARTBEAT_TIMEOUT`.
     Without the immediate exit, JAX would make the failed process wait for the other processes,
     which in turn wait for the failed process. Set `saves_on_sigterm` if `main` asks JAX whether any
-    process received SIGTERM. Otherwise, SIGTERM ends the process that receives it.
+    process received SIGTERM. Otherwise, SIGTERM ends the process that receives the signal.
     """
 
     def distributed_main() -> int | None:
@@ -118,7 +118,7 @@ def initialize(*, saves_on_sigterm: bool = False) -> None:
     # Python would then print the stack traces of all threads, which would hide that line.
     faulthandler.disable()
     try:
-        # On a cluster that JAX detects, nothing reports which processes are missing.
+        # On a cluster that JAX detects, this process does not know which processes are missing.
         with log_while_waiting(lambda: "waiting for the other processes of the job"):
             jax.distributed.initialize(
                 **job,

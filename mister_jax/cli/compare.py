@@ -3,9 +3,9 @@
 mister-jax compare RUN_A RUN_B --split=test
 mister-jax compare RUN_A RUN_B RUN_C --split=validation --output=DIR
 
-Reads the predictions that `mister-jax evaluate` has stored in the work directories. Each run is
-compared with the first run. The intervals are 95% bootstrap intervals over dialogues. With
---output, the command writes `comparison.json`, `changed_utterances.csv` and `comparison.png`.
+The command reads the predictions that `mister-jax evaluate` has stored in the work directories.
+Each run is compared with the first run. The intervals are 95% bootstrap intervals over dialogues.
+With --output, the command writes `comparison.json`, `changed_utterances.csv` and `comparison.png`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -9,7 +9,7 @@ speaker and session are read from the ids), or a column of a manifest. COLUMN:K 
 into K folds with similar class frequencies. With --datasets, each dataset is one fold and keeps its
 splits.
 
-All folds share one compiled program. Run the command again to resume.
+The folds share compiled programs. Run the command again to resume.
 """
 
 from absl import flags
@@ -31,7 +31,7 @@ _MODELS_AT_ONCE = flags.DEFINE_integer(
     "on CPU, and 16 on accelerators",
     lower_bound=1,
 )
-_DATASETS = flags.DEFINE_list("datasets", [], "datasets that are one fold each")
+_DATASETS = flags.DEFINE_list("datasets", [], "datasets, each of which is one fold")
 
 
 def _crossval() -> int:

@@ -17,7 +17,9 @@ from mister_jax.errors import InputError
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a training run")
 _SPLIT = flags.DEFINE_string("split", "test", "split of the dataset")
 _DATASET = flags.DEFINE_string("dataset", None, "dataset; by default the training dataset")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the dataset; as in training")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "directory of the datasets; by default the directory used in training"
+)
 _OUTPUT = flags.DEFINE_string("output", None, "folder of the results; the workdir by default")
 _REPORT = flags.DEFINE_bool("report", False, "write report.html: scores, figures, dialogues")
 _CALIBRATE = flags.DEFINE_bool("calibrate", True, "calibrate the probabilities")
@@ -25,18 +27,20 @@ _FIT = flags.DEFINE_enum(
     "fit_calibration",
     None,
     ["temperature", "bias"],
-    "fit the calibration on validation again: a temperature, or also a bias per class",
+    "fit the calibration again on the validation split: a temperature, or also class biases",
 )
 _ADAPT = flags.DEFINE_bool(
     "adapt_features",
     False,
-    "give standardized features the statistics of the training features, for recordings of another "
-    "kind, such as telephone calls",
+    "shift and scale standardized features to the mean and standard deviation of the training "
+    "features, for recordings of another kind, such as telephone calls",
 )
 _DROP_SPEECH = flags.DEFINE_list("drop_speech", [], "rates at which utterances lose their speech")
 _DROP_TEXT = flags.DEFINE_list("drop_text", [], "rates at which utterances lose their text")
 _DROP_AS_ZEROS = flags.DEFINE_bool(
-    "drop_as_zeros", False, "replace dropped features with unflagged zeros, as in the paper"
+    "drop_as_zeros",
+    False,
+    "replace dropped features with zeros that are not marked as missing, as in the paper",
 )
 _DRAWS = flags.DEFINE_integer("draws", 5, "random draws per rate", lower_bound=1)
 

@@ -40,7 +40,7 @@ _OUTPUT = flags.DEFINE_multi_string(
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the datasets; by default TFDS's")
 _BUDGET = flags.DEFINE_integer(
-    "budget", None, "tokens or seconds of audio in a batch on each device", lower_bound=1
+    "budget", None, "maximum tokens or seconds of audio per batch and device", lower_bound=1
 )
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an existing dataset")
 _ENCODER_OPTIONS = (
@@ -145,7 +145,7 @@ def _reads_dataset() -> bool:
 
 
 def _check_flags() -> str:
-    """Checks all flags, and returns the name of the flag that sets the source of the features."""
+    """Checks combinations of flags; returns the flag that sets the source of the features."""
     sources = {"workdir": _WORKDIR.value, "encoder": _ENCODER.value, "speech": _SPEECH.value}
     chosen = [name for name, value in sources.items() if value]
     writes_files = bool(_OUTPUT.value) and all(map(_is_file, _OUTPUT.value))

@@ -14,7 +14,7 @@ mister-jax prepare --corpus=synthetic                # synthetic recordings and 
 mister-jax prepare --corpus=features --source=features.npz --name=my_features
 mister-jax prepare --corpus=features --source=IEMOCAP_features.pkl --name=my_features
 mister-jax prepare --corpus=synthetic_features
-mister-jax prepare --inspect=meld/text               # shows a figure and the first dialogue
+mister-jax prepare --inspect=meld/text               # writes a figure, shows the first dialogue
 mister-jax prepare --inspect=IEMOCAP_features.pkl    # shows the fields of a feature file
 """
 
@@ -85,7 +85,7 @@ _AUDIO_ROOT = flags.DEFINE_string(
     "audio_root", None, "folder of EmoBox's recordings; by default EmoBox/downloads"
 )
 _FOLD = flags.DEFINE_integer("fold", None, "fold of EmoBox; by default the first", lower_bound=1)
-_TIER = flags.DEFINE_string("tier", None, "tiers of the transcripts, separated by commas")
+_TIER = flags.DEFINE_string("tier", None, "tiers of the transcripts to read, separated by commas")
 _LABEL_TIER = flags.DEFINE_string("label_tier", None, "tier with the emotions in transcripts")
 _LABEL_COLUMN = flags.DEFINE_string("label_column", None, "column with the emotions in transcripts")
 _LABEL_SUFFIX = flags.DEFINE_bool(
@@ -97,12 +97,12 @@ _CHANNEL = flags.DEFINE_string(
     "channel of transcribed recordings: mix, left, right, an index, or split",
 )
 _JOIN_GAP = flags.DEFINE_float(
-    "join_gap", UtteranceRules.max_gap, "longest gap in a sentence in seconds", lower_bound=0
+    "join_gap", UtteranceRules.max_gap, "longest silence in a sentence in seconds", lower_bound=0
 )
 _UTTERANCE_SECONDS = flags.DEFINE_float(
     "utterance_seconds",
     UtteranceRules.max_seconds,
-    "longest joined utterance in seconds",
+    "longest utterance in seconds that joining may create",
     lower_bound=1,
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "directory of the datasets; by default TFDS's")
@@ -308,7 +308,7 @@ def _num_dialogues() -> dict[str, int]:
 
 
 def _feature_files(value: str) -> list[str]:
-    """Returns the paths in a flag, separated by commas."""
+    """Returns the paths in a flag's value, which may be a comma-separated list."""
     return [value] if pathlib.Path(value).exists() else value.split(",")
 
 

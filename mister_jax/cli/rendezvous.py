@@ -1,10 +1,11 @@
 """Waits until all processes of a job have started and agree on the number of processes.
 
-`jax.distributed.initialize` also waits for all processes. However, if a process is missing, this
-function aborts with a C++ stack trace that does not name the process. It also does not detect that
-processes disagree on the number of processes. Therefore, each process first sends "PROCESS_ID
-NUM_PROCESSES" to process 0, on the port that JAX uses afterwards. Once all processes have reported,
-process 0 answers "ok". If a problem occurs, process 0 answers with the error.
+`jax.distributed.initialize` also waits for all processes. However, if a process is missing,
+`initialize` aborts with a C++ stack trace that does not name the process. Also, `initialize` does
+not detect that processes disagree on the number of processes. Therefore, every process except
+process 0 first sends "PROCESS_ID NUM_PROCESSES" to process 0, on the port that JAX uses afterwards.
+Once all processes have reported, process 0 answers "ok". If a problem occurs, process 0 answers
+with the error.
 """
 
 import contextlib
@@ -38,8 +39,8 @@ def wait_for_all_processes(process: Process, timeout: float) -> None:
     """Waits at most `timeout` seconds until all processes of the job have started.
 
     Raises:
-      InputError: A process is missing, or two processes contradict each other. All running
-        processes raise the same error.
+      InputError: A process is missing, or two processes contradict each other. Process 0 and all
+        processes that have reported to it raise the same error.
     """
     wait = _coordinate if process.process_id == 0 else _report
     if problem := wait(process, timeout):
@@ -118,7 +119,7 @@ def _report(process: Process, timeout: float) -> str:
     coordinator = f"process 0 at {process.host}:{process.port}"
     with log_while_waiting(lambda: f"waiting for {coordinator}, or for processes it needs"):
         while (remaining := deadline - time.monotonic()) > 0:
-            # An OSError means that process 0 is not listening yet.
+            # An OSError usually means that process 0 is not listening yet.
             with (
                 contextlib.suppress(OSError),
                 socket.create_connection(address, remaining) as connection,

@@ -19,7 +19,7 @@ from mister_jax.errors import InputError
 
 _CORPUS = flags.DEFINE_string("corpus", None, "iemocap, meld or mosi")
 _SOURCE = flags.DEFINE_string("source", "", "folder of the released corpus")
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of all stages; created if missing")
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder for all outputs; created if missing")
 _PRESET = flags.DEFINE_string("preset", None, "size of the encoders: small, large or llm")
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", "", "directory of the datasets; by default WORKDIR/data"

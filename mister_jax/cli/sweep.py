@@ -5,9 +5,9 @@ mister-jax sweep --config=fusion:DATASET --workdir=DIR --num_seeds=3
 mister-jax sweep --config=fusion:DATASET --workdir=DIR --random=20 --seed=0
     --grid=optimizer.learning_rate=1e-4,3e-4,1e-3 --grid="model.kernel_sizes=(1),(1,3)"
 
-The points are ranked by the validation score. Writes `sweep.csv`, `sweep.json` and `sweep.png`. The
-test split is scored only with --evaluate_test, and only for the point with the best validation
-score. Run the command again to resume.
+The points are ranked by the validation score. The command writes `sweep.csv`, `sweep.json` and
+`sweep.png`. The test split is scored only with --evaluate_test, and only for the point with the
+best validation score. Run the command again to resume.
 """
 
 from typing import Any

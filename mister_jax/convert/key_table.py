@@ -22,12 +22,12 @@ class Source:
     """Tensors from which a parameter is loaded.
 
     Attributes:
-      names: Tensor names. If `stacked` is set, there is one name per layer. With `combine`, there
-        are several names.
+      names: Tensor names of all layers if `stacked` is set, else of a single layer. A layer has one
+        name or, with `combine`, one or more.
       axes: Permutation of each tensor's axes on loading, as in `np.transpose`: (1, 0) for the
         weight of a PyTorch Linear, (2, 1, 0) for the weight of a Conv1d.
-      stacked: Whether the values of all layers are stacked along a new leading axis L; the names
-        are ordered by layer.
+      stacked: Whether the values of all layers are stacked along a new leading axis L. The names
+        are then ordered by layer.
       combine: Function that computes the value (of one layer) from whole tensors, if a permutation
         is not enough, for example for fused projections or weight normalization.
       split: Inverse of `combine`. A parameter with `combine` but without `split` cannot be saved.

@@ -39,8 +39,8 @@ _BLOCKS = {
     ),
 }
 _EXPERTS = {"speech": "audio_self", "text": "text_self"}
-# For each parameter of a GRU layer: its official name, the axes of one direction's tensor, and the
-# axis along which the directions are stacked.
+# For each parameter of a GRU layer: the official name, the permutation of the axes of one
+# direction's tensor, and the axis along which the directions are stacked.
 _GRU = {
     "input_kernel": ("weight_ih", (1, 0), 1),
     "recurrent_kernel": ("weight_hh", (1, 0), 0),
@@ -57,7 +57,7 @@ _LINEARS = {
     "gate/mlp_in": "gate.0",
     "gate/mlp_out": "gate.2",
 }
-# A key bias has no effect on attention.
+# Key biases are not loaded, because they have no effect on attention.
 _UNUSED = r"fusion\.units\.\d+\.fc_(asrk|audk)(_s)?\.bias"
 _ALLOWED = "a mapping of arrays, .npz, .safetensors or, if PyTorch is installed, .pth"
 
@@ -69,7 +69,8 @@ def load_mister_e(
 ) -> MisterE:
     """Creates a `MisterE` model from an official `state_dict`.
 
-    The sizes are read from the weights. The outputs equal the official model's outputs.
+    The sizes are read from the weights. The outputs equal the official model's outputs up to
+    rounding.
 
     Args:
       source: Mapping from official names to arrays, or a `.npz`, `.safetensors` or, if PyTorch is
@@ -79,8 +80,7 @@ def load_mister_e(
       **changes: Further fields of `MisterEConfig`, such as dropout rates or `dtype`.
 
     Raises:
-      InputError: The file cannot be read, or weights are missing, unexpected or mismatched. The
-        one-line message names all of these weights.
+      InputError: The file cannot be read, or weights are missing, unexpected or mismatched.
     """
     weights = _read(source)
     convolutions = {match[1] for match in _matches(r"audio_self\.(conv\d*)\.weight", weights)}
@@ -144,7 +144,7 @@ def _matches(pattern: str, names: Iterable[str]) -> Iterable[re.Match[str]]:
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
-    """Returns 1 plus the largest index that matches the pattern, or 1 without a match."""
+    """Returns a number of layers: 1 plus the largest index in names that match the pattern."""
     return 1 + max((int(match[1]) for match in _matches(pattern, names)), default=0)
 
 
@@ -199,9 +199,10 @@ def _attention(
 def _kernel(first: tuple[str, ...], second: str, thirds: tuple[int | None, ...]) -> Source:
     """Returns the source of one or more merged kernels, concatenated along the outputs.
 
-    Each layer in `first` is merged with the layer after it. The weight of the later layer is the
-    part of `second` with index `thirds[i]`, because the input projection of an attention consists
-    of a query, a key and a value part. If the index is None, the weight is all of `second`.
+    Each layer in `first` is merged with the layer that follows it, whose weight is in `second`. In
+    the input projection of an attention, `second` stacks the query, key and value weights, and
+    `thirds[i]` is the index of the weight that follows `first[i]`. If `thirds[i]` is None, the
+    weight is all of `second`.
     """
 
     def combine(tensors: list[np.ndarray]) -> np.ndarray:

@@ -46,8 +46,9 @@ def load_params(
     """Fills a module's parameters from a checkpoint.
 
     Tensors (or the layers of stacked parameters) are read, cast and placed one after another. Only
-    the slices that this process's devices need are read. In addition to the placed values, the host
-    needs less memory than twice the largest tensor (or layer), plus the results of `combine`.
+    the slices that this process's devices need are read, or whole tensors for `combine`. In
+    addition to the placed values, the host needs less memory than twice the largest tensor (or
+    layer), plus the results of `combine`.
 
     If tensors do not match the module, nothing changes. Non-finite values raise an error only when
     they are read, after earlier parameters have been filled.
@@ -62,7 +63,7 @@ def load_params(
         dictionary of the parameters, for example from `parallel.sharding.shardings`. By default,
         concrete parameters keep their shardings, and abstract parameters are placed on the first
         device.
-      dtype: Dtype of the floating-point parameters; by default, the module's dtype.
+      dtype: Dtype of the floating-point parameters; by default, they keep their dtypes.
       skip: NNX filter for variables that have no source and keep their values.
 
     Returns:
@@ -321,8 +322,8 @@ def _place(
 ) -> jax.Array:
     """Places a layer's value on the devices; each device gets only its slice.
 
-    Slices are written to `buffers`, over the slices of the previous layer. The devices may still
-    read the buffers after this function has returned.
+    Slices are written to `buffers`, over the slices of the previous layer. The result may share
+    memory with the buffers, so the caller must use the result before it reuses the buffers.
     """
     filled = set()
 

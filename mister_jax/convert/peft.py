@@ -52,7 +52,7 @@ _UNSUPPORTED_OPTIONS = (
     "monteclora_config",
     "velora_config",
 )
-# All other initializations change the base model's weights.
+# Supported initializations. All others change the base model's weights.
 _INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
@@ -61,7 +61,7 @@ def read_lora_config(
 ) -> LoRAConfig:
     """Reads an adapter's LoRA config.
 
-    Create the module with this config, or pass it to `add_lora`, before calling `load_adapter`.
+    Create the module with this config, or call `add_lora` with it, before calling `load_adapter`.
 
     Args:
       folder: Folder of the adapter.
@@ -115,7 +115,7 @@ def load_adapter(
     table: KeyTable,
     rules: NameRules | None = None,
 ) -> AnyModule:
-    """Fills a module's low-rank paths from an adapter, and returns the module.
+    """Fills a module's LoRA parameters from an adapter, and returns the module.
 
     The module must have the LoRA config that `read_lora_config` returns for the same arguments.
     Tensors of a head, or of parts that the module does not have, are ignored and logged.
@@ -131,7 +131,8 @@ def load_adapter(
         formula = "lora_alpha / sqrt(r)" if config.use_rslora else "lora_alpha / r"
         raise InputError(
             f"{folder / CONFIG_FILE}: {formula} = {config.scale:g}; allowed: the scale of the "
-            f"module's LoRA, {', '.join(f'{scale:g}' for scale in scales) or 'which has none'}"
+            "module's LoRA, "
+            f"{', '.join(f'{scale:g}' for scale in scales) or 'but the module has no LoRA'}"
         )
     parts = _read_tensors(folder, table, rules)
     sources = _lora_table(module, table, lambda name: parts.prefix + name)
@@ -245,7 +246,7 @@ def _read_tensors(
 
 
 def _modules(table: KeyTable, prefix: str) -> dict[str, tuple[str, ...]]:
-    """Returns the PyTorch Linear module names for each layer path, one per stacked layer."""
+    """Returns the PyTorch names of each linear layer by its path: one, or one per stacked layer."""
     return {
         path.removesuffix("/kernel"): tuple(
             prefix + name.removesuffix(".weight") for name in source.names
@@ -258,7 +259,7 @@ def _modules(table: KeyTable, prefix: str) -> dict[str, tuple[str, ...]]:
 def _lora_table(
     module: nnx.Module, table: KeyTable, rename: Callable[[str], str]
 ) -> dict[str, Source]:
-    """Returns the key table for a module's low-rank paths, with renamed modules."""
+    """Returns the key table for a module's LoRA; `rename` converts names of PyTorch modules."""
     modules = _modules(table, "")
     layers = [path for path, layer in linear_layers(module) if layer.lora]
     unmapped = [path for path in layers if path not in modules]

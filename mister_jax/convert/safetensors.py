@@ -78,7 +78,8 @@ class FileTensor:
         if not math.prod(self.shape):
             return np.zeros(self.shape, self.dtype)[index]
         try:
-            # Map the file only while it is read, because a checkpoint has thousands of tensors.
+            # Map the file at each read: permanent maps of thousands of tensors need too many
+            # file descriptors.
             mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
         except (OSError, ValueError) as error:
             raise InputError(f"{self.file}: cannot be read ({error})") from error
@@ -393,7 +394,7 @@ def _write(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file atomically, so that other processes never see it incomplete."""
+    """Writes a file atomically, so that other processes never see an incomplete file."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(data)
     partial.replace(path)

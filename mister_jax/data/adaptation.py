@@ -1,8 +1,8 @@
 """Adapts features to a model that was trained under other recording conditions.
 
 A telephone line, noise or another microphone shifts acoustic measurements such as prosody far from
-the measurements of the training recordings. Adaptation removes the shift: it gives the new features
-the mean and standard deviation of the training features. Adaptation needs no labels.
+the measurements of the training recordings. Adaptation gives the new features the mean and standard
+deviation of the training features. It needs no labels.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from mister_jax.data.standardizer import Standardizer
 from mister_jax.errors import InputError
 
 # The statistics of the new utterances are mixed with the training statistics, which count as this
-# many utterances. Thus, a few new utterances change the statistics only slightly. The number was
+# many utterances, because the statistics of very few utterances are unreliable. The number was
 # chosen on validation speakers; see docs/train_and_evaluate.md.
 _PRIOR_UTTERANCES = 2
 
 # Features are reported as shifted if the means of a tenth of the dimensions differ from training by
-# more than this number of standard deviations. In other recordings made under the training
-# conditions, the difference was at most 0.8 for 30 utterances.
+# more than `_MAX_SHIFT` standard deviations. For 30 unseen utterances recorded under the training
+# conditions, the difference was at most 0.8.
 _SHIFT_QUANTILE = 0.9
 _MAX_SHIFT = 1.5
 _MIN_UTTERANCES = 20
@@ -85,7 +85,7 @@ def describe_shift(features: DialogueFeatures, standardizers: Mapping[str, Stand
         shifts = np.abs(standardizer(vectors[present]).mean(0))
         shift = np.quantile(shifts, _SHIFT_QUANTILE)
         if shift > _MAX_SHIFT:
-            shifted.append(f"a tenth of the {modality} features by {shift:.1f} and more")
+            shifted.append(f"a tenth of the {modality} features by at least {shift:.1f}")
     if not shifted:
         return ""
     return (

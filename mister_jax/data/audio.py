@@ -1,11 +1,11 @@
-"""Uses PyAV (FFmpeg) to decode recordings in any format to 16 kHz mono samples.
+"""Decodes recordings in any format that FFmpeg reads to 16 kHz mono samples.
 
 - `decode` reads one recording or a segment of a recording.
 - `decode_many` reads many recordings in parallel processes.
 - `stream_cuts` reads several segments of a long recording.
-- `encode_wav` writes samples.
+- `encode_wav` writes samples to a WAV file.
 
-All problems with recordings are reported as `AudioError`.
+Unusable recordings are reported as `AudioError`.
 """
 
 import collections
@@ -36,10 +36,11 @@ from mister_jax.data.audio_source import (
 )
 from mister_jax.data.workers import WorkerCrashError, ordered_map
 
-# Stands for the index after the last sample if the length of a recording is unknown.
+# Stands for the index after the last sample of a recording, which is unknown before decoding.
 _END = sys.maxsize
 
-# Maximum seconds of audio that one worker call returns: 38 MB of int16 samples.
+# One worker call returns at most this many seconds of audio (38 MB of int16 samples), or a single
+# longer segment.
 _MAX_GROUP_SECONDS = 1200.0
 
 # Length in seconds of the longest recording that `stream_blocks` reads: 30 days.
@@ -92,13 +93,13 @@ def decode(
     strongest channel is used.
 
     If the file has several audio streams, FFmpeg chooses one. Frames that cannot be decoded are
-    replaced with silence if timestamps reveal the gap, and dropped otherwise. If the peak is far
-    above full scale, the samples are scaled so that the peak is at full scale. `Clip.notes` reports
-    these changes.
+    replaced with silence if timestamps reveal the gap, and dropped otherwise. If the peak of float
+    samples is more than 1 dB above full scale, the samples are scaled so that the peak is at full
+    scale. `Clip.damaged` and `Clip.notes` report these changes.
 
     Args:
         source: Path or content of a file in any format that FFmpeg reads. URLs are not supported.
-        start: Start of the segment in seconds from the beginning of the container, by default 0.
+        start: Start of the segment in seconds, as media players display times; by default 0.
         end: End of the segment in seconds; by default, the end of the recording. The samples of a
             segment equal the samples at the same time in the fully decoded recording, except for
             the noise that AAC decoders synthesize.
@@ -218,8 +219,8 @@ def decoded_seconds(source: Source) -> float:
 def stream_blocks(source: Source, channel: Channel = MIX, seconds: float = 30.0) -> Iterator[Clip]:
     """Decodes a recording of any length in one pass, and yields blocks of equal length.
 
-    The last block ends where nothing more can be decoded. If this is before the end of the
-    recording, the last block has `Clip.damaged` set.
+    The last block may be shorter. If decoding stops before the end of the recording, the last block
+    has `Clip.damaged` set.
 
     Args:
         source: Path or content of a file; see `decode`.
@@ -272,7 +273,7 @@ def encode_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SA
 
 
 def _group_by_pass(requests: Iterable[DecodeRequest]) -> Iterator[list[DecodeRequest]]:
-    """Groups consecutive requests that can be read in one pass through one channel."""
+    """Groups consecutive requests for one channel of a recording that one pass can serve."""
     group: list[DecodeRequest] = []
     for request in requests:
         if group and not _follows(group[-1], request):
@@ -316,7 +317,7 @@ def _group_by_recording(
 def _decode_one_by_one(
     group: Sequence[DecodeRequest], decode_group: Callable[[Sequence[DecodeRequest]], Any]
 ) -> Iterator[Clip | AudioError]:
-    """Decodes each request of a crashed group separately, so that the other requests succeed."""
+    """Decodes each request of a group that crashed a worker, so that only faulty requests fail."""
     results = ordered_map(decode_group, [[request] for request in group], num_workers=1)
     for request, result in zip(group, results, strict=True):
         if isinstance(result, WorkerCrashError):
@@ -489,7 +490,7 @@ def _concatenate(chunks: Sequence[np.ndarray]) -> tuple[np.ndarray, str]:
     if peak > MAX_PEAK * FULL_SCALE:
         raise ValueError(f"float samples of up to {peak:g}")
     if peak > MAX_PEAK:
-        # Some float recordings use the range of int16, but their headers do not say so.
+        # Some float recordings contain values in the range of int16 instead of -1 to 1.
         integers, note = float_to_int16(samples / FULL_SCALE)
         return integers, note or f"floats of up to {peak:g} read as integers of 16 bits"
     return float_to_int16(samples)

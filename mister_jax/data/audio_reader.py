@@ -50,13 +50,13 @@ _SEEKABLE = ("wav", "flac", "mov,mp4,m4a,3gp,3g2,mj2")
 _DECODER_LEAD, _RESAMPLER_LEAD = 1.0, 0.1
 
 # Differences of up to this many seconds between a timestamp and the decoded duration are ignored as
-# rounding or drift. Matroska rounds to 1 ms; packets of common codecs last 20 to 64 ms.
+# rounding or drift. Matroska rounds to 1 ms, and packets of common codecs last 20 to 64 ms.
 _TIME_TOLERANCE = 0.05
 # Longer gaps, in seconds, are treated as a clock reset, as in concatenated recordings.
 _MAX_GAP = 3600.0
 # Distance between two segments, in seconds, above which seeking is faster than decoding.
 _MIN_SEEK_SECONDS = 10.0
-# Channels cancel out if the power of their mix is 26 dB below the power of the strongest channel.
+# Channels cancel out if the power of their mix is over 26 dB below that of the strongest channel.
 _CANCELED_RATIO = 10 ** (-26 / 10)
 _POWER_BIN = 0.25  # seconds over which the power of channels is summed
 _POWER_STRIDE = 7  # power is measured on every seventh sample
@@ -74,14 +74,14 @@ class AudioReader:
         self._name = source_name(source)
         self._source = source if isinstance(source, bytes) else existing_path(source)
         self._channel = channel
-        # Maps the sample index of each damaged place to FFmpeg's message.
+        # Maps the sample index of each damaged place to a message.
         self._damage: dict[int, str] = {}
         self._gaps: set[tuple[int, int]] = set()
         self._clock_resets: list[str] = []
-        # Maps each `_POWER_BIN` to sums of squares [C + 1]: one per channel, and one for the mean
-        # of the channels.
+        # Maps the index of each `_POWER_BIN` to sums of squares [C + 1]: one per channel, and one
+        # for the mean of the channels.
         self._powers: dict[int, np.ndarray] = {}
-        # Start of the latest frame, or the end of the last frame, in samples at `SAMPLE_RATE`.
+        # Start of the latest frame or, after the last frame, its end, in samples at `SAMPLE_RATE`.
         self._position = 0
         check_readable(self._source, self._name)
         self._header = wav.read_header(self._source)
@@ -111,7 +111,7 @@ class AudioReader:
         for other in self._container.streams:
             if other.index != stream.index:
                 other.discard = av.stream.Discard.all
-        # Recordings are decoded in parallel, so each uses a single thread.
+        # Parallel processes decode recordings, so each decoder uses a single thread.
         stream.codec_context.thread_count = 1
         self._stream: Any = stream  # The type that PyAV declares has no `decode`.
 
@@ -193,7 +193,7 @@ class AudioReader:
         if frame is None:
             return
         # Resampling begins where an input sample and an output sample coincide, so that the result
-        # equals resampling the entire recording.
+        # equals the same part of the fully resampled recording.
         rate = frame.sample_rate
         common = rate // math.gcd(rate, SAMPLE_RATE)
         begin = common * max(int(lead * rate) // common, -(-position // common))
@@ -250,7 +250,7 @@ class AudioReader:
                 if time is None:
                     raise AudioError(Reason.DAMAGED, self._name, "no time stamps")
                 if time > lead:
-                    # Seeking went past the target, because of a gap or a coarse seek index.
+                    # A gap or a coarse seek index led past the target, so decode from the start.
                     self._open()
                     yield from self._timed_frames(0.0)
                     return
@@ -277,8 +277,8 @@ class AudioReader:
                     yield position, silence
                     position += silence.samples
             elif gap < -_TIME_TOLERANCE * rate and -gap <= filled * rate:
-                # After a late packet, timestamps jump back. Silence already fills the time of this
-                # audio, so the audio is dropped.
+                # The timestamps jump back, for example after a late packet. Silence already fills
+                # the time of this audio, so the audio is dropped.
                 filled -= min(-gap, frame.samples) / rate
                 for rest in skip_samples(-gap, iter([frame])):
                     yield position, rest
@@ -298,8 +298,8 @@ class AudioReader:
             and not stream.disposition & av.stream.Disposition.attached_pic
             for stream in self._container.streams
         )
-        # If the file has no other stream, the first frame defines the start: the start time may
-        # differ from it by the codec's priming samples.
+        # Without another stream, the first frame defines the start, because the container's start
+        # time may differ from the first frame's time by the codec's priming samples.
         if has_other_streams and self._container.start_time is not None:
             return max(0.0, self._container.start_time / av.time_base)
         return None
@@ -374,8 +374,8 @@ class AudioReader:
         if num_channels == 1:
             return frame
         self._add_power(planes, frame.sample_rate, seconds)
-        # For channels without a position, FFmpeg would guess a layout from their number. For
-        # example, FFmpeg would drop the third of three channels, as if it were a subwoofer.
+        # For channels without a position, FFmpeg would guess a layout from the number of channels.
+        # For example, FFmpeg would drop the third of three channels, as if it were a subwoofer.
         if num_channels > 2 and frame.layout.channels[0].name == "NONE":
             mean = planes.mean(axis=0, dtype=np.float64)
             if samples.dtype.kind != "f":

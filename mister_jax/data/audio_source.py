@@ -43,7 +43,7 @@ class Reason(enum.StrEnum):
 
 
 class AudioError(InputError):
-    """Reports an unusable recording. `detail` is FFmpeg's or the operating system's message."""
+    """Reports an unusable recording. `detail` is a message, such as FFmpeg's."""
 
     def __init__(self, reason: Reason, source: str, detail: str = "") -> None:
         super().__init__(reason, source, detail)  # Pickle calls `__init__` with these arguments.
@@ -110,7 +110,7 @@ def check_readable(source: Source, name: str) -> None:
     path = pathlib.Path(source)
     try:
         status = path.stat()
-        # Reading a pipe would wait forever.
+        # Reading a pipe could block forever.
         is_file = stat.S_ISREG(status.st_mode)
         if is_file:
             path.open("rb").close()

@@ -38,7 +38,7 @@ class DecodingOptions:
         beam: Whether the workers of an Apache Beam pipeline decode, instead of local processes.
 
     Raises:
-        InputError: `max_seconds` is not a positive number.
+        InputError: `max_seconds` is not positive and finite.
     """
 
     num_workers: int = 2
@@ -52,7 +52,7 @@ class DecodingOptions:
 
 @dataclasses.dataclass(eq=False)
 class CorpusConfig(tfds.core.BuilderConfig):
-    """Configuration of a corpus variant.
+    """Variant of a corpus, such as one with text only.
 
     Attributes:
         options: Arguments of the corpus's reader.
@@ -70,8 +70,8 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
     Args:
         corpus: Corpus to write.
         decoding: Options for decoding recordings.
-        on_utterance: Function to call after each utterance that this process decodes.
-        facts_dir: Folder for files with facts about the recordings, one per dialogue.
+        on_utterance: Function to call after each utterance. With Beam, it is not called.
+        facts_dir: Folder for facts about the recordings, with one file per dialogue.
         **options: Arguments of the TFDS builder.
     """
 

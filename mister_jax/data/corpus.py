@@ -1,7 +1,7 @@
 """Corpora before decoding: dialogues, utterances, labels and paths to recordings.
 
-The modules in `corpora` read a `Corpus` from the files that the corpus's authors released, and
-`prepare` writes the `Corpus` to a dataset. This module does not need TensorFlow.
+The modules in `corpora` read a `Corpus` from a released corpus or from the user's files, and
+`prepare` stores the `Corpus` as a dataset. This module does not need TensorFlow.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class Utterance:
     Attributes:
         id: Utterance id, unique in the corpus.
         text: Transcript; empty if missing.
-        recording: File and time range of the audio; None if missing. The file may not exist.
+        recording: File and time range of the audio; None if missing. The file need not exist.
         label: Name of the class; None if the utterance is unlabeled context.
         score: Sentiment from -3 to 3; None if the utterance has no score.
         ratings: Number of raters who chose each class, by class name. A rater's vote may be divided
@@ -61,8 +61,8 @@ class Corpus:
         notes: Lines for the user about how the corpus was read.
 
     Raises:
-        InputError: An id is not unique, a dialogue is empty, a label or rating is not a class, or
-            the corpus is empty.
+        InputError: A split is unknown, an id is not unique, a dialogue is empty, a label or a rated
+            class is not in `class_names`, or the corpus is empty.
     """
 
     name: str
@@ -137,10 +137,10 @@ def check_sizes(
         partial: Whether an incomplete corpus is allowed.
 
     Returns:
-        The corpus, with a note if it is incomplete.
+        The corpus, with a note if the numbers differ.
 
     Raises:
-        InputError: The corpus is incomplete and `partial` is not set.
+        InputError: The numbers differ and `partial` is false.
     """
     sizes = corpus.sizes()
     num_dialogues, num_utterances = map(sum, zip(*sizes.values(), strict=True))

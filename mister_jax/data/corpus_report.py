@@ -35,7 +35,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 def recording_facts(
     utterance: Utterance, clip: audio.Clip | audio.AudioError | None
 ) -> dict[str, Any] | None:
-    """Returns facts about an utterance's recording, or None for an utterance without recording."""
+    """Returns facts about an utterance's recording, or None if there is no recording."""
     if utterance.recording is None or clip is None:
         return None
     path = source_name(utterance.recording.source)

@@ -1,8 +1,8 @@
 """Random processes that generate dialogues, with the exact posterior of the emotions.
 
-The modules `synthetic` and `synthetic_speech` use these processes. Emotions follow a Markov chain
-along a dialogue, so the posterior of each emotion given the whole dialogue can be computed exactly.
-The Bayes classifier, which uses this posterior, has the highest expected accuracy of all models.
+Emotions follow a Markov chain along a dialogue, so the posterior of each emotion given the whole
+dialogue can be computed exactly. The Bayes classifier, which uses this posterior, has the highest
+expected accuracy of all models.
 """
 
 import collections

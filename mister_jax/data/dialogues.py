@@ -29,7 +29,7 @@ class StoredUtterance:
         start, end: Start and end in seconds from the beginning of the dialogue; NaN if unknown.
         speech_present: Whether the utterance has a usable recording.
         text_present: Whether the utterance has a transcript.
-        metadata: Extra columns of the manifest by name. No model reads the metadata.
+        metadata: Extra columns of the manifest by name.
     """
 
     id: str
@@ -80,7 +80,7 @@ class DialogueDataset:
         return split_sizes(self._builder)
 
     def split_metadata(self, split: str) -> dict[str, Any]:
-        """Returns `reference_scores` of a split if the corpus is synthetic, or an empty dict."""
+        """Returns `{"reference_scores": ...}` for a synthetic split, and {} for other splits."""
         path = self.directory / REPORT
         scores = json.loads(path.read_text()).get("reference_scores", {}) if path.exists() else {}
         return {"reference_scores": scores[split]} if split in scores else {}

@@ -38,16 +38,16 @@ def write_features(
 ) -> "DatasetBuilder":
     """Atomically stores splits as a feature dataset.
 
-    All splits must have the same dimensions, dtypes and class names, and either all splits or none
-    must have scores. `metadata` contains JSON values about the whole dataset. `load_features`
-    merges these values with the metadata of a split.
+    All splits must have the same dimensions, dtypes and class names. An optional array, such as
+    `score`, must be in all splits or in none. `metadata` contains JSON values about the whole
+    dataset. `load_features` merges these values with the metadata of a split.
 
     Returns:
         The dataset's TFDS builder.
 
     Raises:
         InputError: The name is not allowed, the dataset exists, or the directory cannot be written.
-        ValueError: The splits do not match.
+        ValueError: The splits do not match, or the name of a split is not in `SPLITS`.
     """
     if "/" in name:
         raise InputError(f"dataset name {name!r}; allowed: lower-case letters, digits and _")

@@ -1,8 +1,8 @@
 """Cross-validation folds of a feature dataset, which replace the dataset's splits.
 
-The test split of a fold contains the dialogues of one group, such as a session or a speaker. The
-validation split contains the dialogues of the next groups, and the training split contains all
-other dialogues.
+Each utterance belongs to one fold, such as its session or its speaker. The test split contains
+all dialogues with an utterance in a chosen fold. The validation split contains the other dialogues
+of the next fold or folds, and the training split contains all remaining dialogues.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SPEC = re.compile(r"(?P<column>[^:]+)(?::(?P<count>[1-9]\d*))?")
 _IEMOCAP_DIALOGUE = re.compile(r"Ses(\d\d)[FM]_")
 _IEMOCAP_TURN = re.compile(r"Ses\d\d[FM]_.+_([FM])(?:XX)?\d+")
 
-# One in this many folds, and at least one fold, is used for validation.
+# One in `_VALIDATION_SHARE` folds, but at least one fold, is used for validation.
 _VALIDATION_SHARE = 8
 
 
@@ -70,7 +70,7 @@ def load_pooled(
 ) -> DialogueFeatures:
     """Loads several splits of a feature dataset as one split.
 
-    The result of the last call is cached, because all folds of a cross-validation use this result.
+    The result of the last call is cached, because all folds of a cross-validation use it.
 
     Args:
         name: Name of the dataset.
@@ -82,7 +82,7 @@ def load_pooled(
     """
     info = dataset_directory(name, data_dir) / "dataset_info.json"
     state = info.stat() if info.exists() else None
-    # A dataset that was written again has another version, so the cached result is not used.
+    # If the dataset is written again, its version changes, so the cached result is not used.
     version = None if state is None else (state.mtime, state.length)
     return _load_pooled(name, data_dir, tuple(splits), version)
 
@@ -94,7 +94,7 @@ def _load_pooled(
     with all_splits_allowed():
         names = splits or split_names(name, data_dir)
         parts = [load_features(name, split, data_dir) for split in names]
-    # Some corpora number the dialogues of each split from 0.
+    # Some corpora number the dialogues of each split from 0, so ids may repeat.
     ids = [dialogue for features in parts for dialogue in features.dialogue_ids]
     if len(set(ids)) < len(ids):
         ids = [
@@ -126,10 +126,10 @@ def make_folds(features: DialogueFeatures, spec: str, seed: int = 0) -> Folds:
     Args:
         features: All splits of the dataset; see `load_pooled`.
         spec: See `Folds`.
-        seed: Seed that decides between equally good assignments of "COLUMN:K".
+        seed: Seed of the order in which "COLUMN:K" assigns values with equally many utterances.
 
     Raises:
-        InputError: The specification is unknown, or the column has too few values.
+        InputError: The specification is invalid, or the column has too few values.
     """
     match = _SPEC.fullmatch(spec)
     if match is None:
@@ -179,7 +179,7 @@ def load_fold(
         data_dir: Directory of the datasets.
         seed: See `make_folds`.
         validate_on_train: Whether the training split also contains the dialogues of the validation
-            split, for training runs that choose nothing on the validation split.
+            split, for training runs that do not select a checkpoint on the validation split.
         pooled_splits: Splits of the dataset whose dialogues are divided into folds; all splits if
             empty.
 
@@ -296,7 +296,7 @@ def _column(features: DialogueFeatures, column: str, spec: str) -> np.ndarray:
 
 
 def _iemocap_columns(features: DialogueFeatures) -> dict[str, np.ndarray]:
-    """Returns IEMOCAP's columns "session" and "speaker", [N] str. An unknown column is absent."""
+    """Returns IEMOCAP's "session" and "speaker", [N] str, except columns with unknown values."""
     dialogues = [_IEMOCAP_DIALOGUE.match(str(name)) for name in features.dialogue_ids]
     sessions = [match[1] for match in dialogues if match is not None]
     if len(sessions) < len(dialogues):
@@ -322,7 +322,7 @@ def _balanced_assignment(
     """
     num_classes = len(features.class_names)
     labeled = features.label >= 0
-    # Utterances without a label count as one more class, so that the folds have equal sizes.
+    # Unlabeled utterances count as one more class, so that all folds get similarly many of them.
     cells = index * (num_classes + 1) + np.where(labeled, features.label, num_classes)
     counts = np.bincount(cells, minlength=num_values * (num_classes + 1))
     counts = counts.reshape(num_values, num_classes + 1)

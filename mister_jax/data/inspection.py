@@ -1,4 +1,4 @@
-"""Summarizes datasets for `evaluation.figures`."""
+"""Summarizes datasets for `mister-jax prepare --inspect`."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ class DatasetSummary:
     Attributes:
         name: Name of the dataset.
         directory: Directory of the dataset.
-        class_counts: Number of utterances by split and class name or "unlabeled".
+        class_counts: Number of utterances by split, and then by class name or "unlabeled".
         lengths: Number of utterances in each dialogue [M] by split.
         seconds: Length of each recording [N] in seconds by split; empty for a feature dataset.
         first_dialogue: One line per utterance of the first dialogue.

@@ -1,4 +1,4 @@
-"""Checks labels: the range of scores, and class names that look like mistakes."""
+"""Range of sentiment scores, names of emotions, and a check for misspelled class names."""
 
 import collections
 import shlex
@@ -20,7 +20,7 @@ EMOTION_SYNONYMS = {
     "sadness": ("sad",),
     "surprise": ("sur", "surprised"),
 }
-"""Maps the name that this package uses for an emotion to the names in published models."""
+"""Maps this package's name of an emotion to the names that published models use for it."""
 
 _EMOTION_NAMES = {other: name for name, others in EMOTION_SYNONYMS.items() for other in others}
 

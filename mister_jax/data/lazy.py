@@ -1,8 +1,9 @@
 """Packages for datasets, imported on first use.
 
-All modules in `mister_jax.data` import `tf` and `tfds` from here, so most modules can be imported
-without them. Importing TensorFlow takes seconds, so `tfds` defers the import until a dataset is
-written. This module configures TensorFlow to log little and to leave accelerator memory to JAX.
+Modules in `mister_jax.data` import `tf` and `tfds` from here, so most modules can be imported
+without TensorFlow and TFDS. Importing TensorFlow takes seconds, so `tfds` defers this import until
+a dataset is written. This module configures TensorFlow to log little and to leave accelerator
+memory to JAX.
 """
 
 import contextlib

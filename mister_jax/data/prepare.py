@@ -29,7 +29,7 @@ from mister_jax.errors import InputError
 from mister_jax.io import write_json
 
 _MAX_SORT_BYTES = 64 * 2**20
-# At most one in this many recordings per split may be unusable.
+# At most one in `_UNUSABLE_LIMIT` recordings per split may be unusable.
 _UNUSABLE_LIMIT = 10
 
 
@@ -43,7 +43,7 @@ _SOURCES = {
 
 
 class Manifest(DialogueBuilder):
-    """TFDS builder for user dialogues that a manifest lists."""
+    """TFDS builder for the dialogues of a manifest, a folder or transcripts."""
 
     DESCRIPTION: ClassVar[str] = "Dialogues of recordings and transcripts, as listed in a manifest."
     LICENSE: ClassVar[str] = "The license of the recordings."
@@ -51,28 +51,27 @@ class Manifest(DialogueBuilder):
 
 @dataclasses.dataclass(frozen=True)
 class PrepareOptions:
-    """Options of `prepare_corpus`.
+    """Options of `prepare_corpus`. Manifest options also apply to "transcripts" and "folder".
 
     Attributes:
         corpus: Name of the corpus: a key of `registry.CORPORA`, "manifest", "transcripts",
             "folder", "emobox" or "synthetic".
         source: Folder of the corpus or path of the manifest. For "synthetic", the folder to write
             recordings to. If None, "meld" with config "text" is downloaded, and "synthetic" writes
-            to a folder next to the dataset.
+            to the folder `NAME_recordings` in `data_dir`.
         data_dir: Directory of all datasets; if None, TFDS's default directory.
         config: Name of the corpus's config; if empty, the first config.
         name: Name of the dataset, which becomes `manifest/NAME` or, for "emobox", `emobox/NAME`. If
-            empty, the name follows from `source`, or is "synthetic". Released corpora ignore this
-            option.
+            empty, the name is made from `source`, or is "synthetic" for the synthetic corpus.
+            Released corpora ignore this option.
         labels: Ordered class names of a manifest; if empty, the sorted names in the file.
-        label_map: Map from names in a manifest to class names; see `read_manifest`.
+        label_map: Map from names in a manifest, or EmoBox's class names, to class names.
         group_by: Column of a manifest. Random splits put dialogues with equal values in this column
             into one split.
         pattern: Pattern of the recordings' paths in the corpus "folder"; see `read_folder`.
         audio_root: Folder of the recordings of the corpus "emobox"; see `read_emobox`.
         fold: Fold of the corpus "emobox"; if None, the first fold.
-        seed: Seed for a manifest's random split, for the validation set of "emobox", and for the
-            synthetic corpus.
+        seed: Seed for random splits, the validation set of "emobox", and the synthetic corpus.
         num_dialogues: Number of dialogues in the synthetic corpus by split; if empty, the defaults.
         decoding: Options for decoding recordings.
         beam_options: Options of the Beam pipeline.
@@ -107,7 +106,6 @@ def prepare_corpus(options: PrepareOptions) -> dict[str, Any]:
     Released corpora contain a few broken clips (2 of MELD's 13,708), and the report lists them. If
     more than one in ten recordings in a split are unusable, the corpus is rejected as incomplete:
     a copy may have been interrupted, an archive may not be unpacked, or a path may be wrong.
-    Missing and empty files are detected before decoding, and broken files after decoding.
 
     Returns:
         The report; see `corpus_report.make_report`. The dataset's directory also contains the
@@ -367,7 +365,7 @@ def _check_files(corpus: Corpus) -> None:
 
     @functools.cache
     def find_problem(path: str) -> str:
-        # A path that raises ValueError or OSError counts as missing. The decoder reports it later.
+        # A path that raises ValueError or OSError counts as missing. The decoder reports the error.
         with contextlib.suppress(OSError, ValueError):
             if epath.Path(existing_path(path)).stat().length > 0:
                 return ""

@@ -1,4 +1,4 @@
-"""Splits dialogues at random so that no group, such as a speaker, is in two splits."""
+"""Splits dialogues at random, if possible so that no group, such as a speaker, is in two splits."""
 
 import collections
 from collections.abc import Hashable, Mapping, Sequence, Set
@@ -11,9 +11,9 @@ from mister_jax.errors import InputError
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 """Default fractions of dialogues for training, validation and test."""
 
-
-# Maximum number of random splits to draw. The split with the most even classes is used. With many
-# dialogues, fewer splits are drawn, because the classes are even in any random split.
+# The most even of at most `_MAX_DRAWS` random splits is used. With many components (sets of
+# dialogues that stay together), any random split is even, so `_MAX_ASSIGNMENTS` limits the number
+# of random splits times the number of components.
 _MAX_DRAWS, _MAX_ASSIGNMENTS = 256, 20_000
 
 
@@ -38,9 +38,9 @@ def random_splits(
             None.
         groups: Groups of each dialogue, for example its speakers; dialogues without groups may be
             omitted.
-        name: Kind of group, named in error messages, for example "speaker".
-        source: Source of the dialogues, named in error messages.
-        explicit: Whether to raise an error if the groups connect too many dialogues.
+        name: Kind of group for the note and error messages, for example "speaker".
+        source: Source of the dialogues for error messages.
+        explicit: Whether to raise an error if there are fewer connected components than splits.
         seed: Seed of the random split.
         fractions: Fractions of dialogues for training, validation and test. Each split with a
             positive fraction gets at least one connected component if there are enough components.
@@ -49,8 +49,8 @@ def random_splits(
         The split of each dialogue, and a note that tells the user how the splits were chosen.
 
     Raises:
-        InputError: The fractions are invalid, or the groups connect too many dialogues and
-            `explicit` is set.
+        InputError: The fractions are invalid, or `explicit` is set and there are too few connected
+            components.
     """
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or sum(fractions) <= 0:
         raise InputError(
@@ -177,8 +177,8 @@ def _assign(shares: np.ndarray, shuffled: np.ndarray, fractions: np.ndarray) -> 
     order = shuffled[np.argsort(-shares.sum(1)[shuffled], kind="stable")]
     is_used = fractions > 0
     is_empty = is_used.copy()
-    # Dividing by the fraction makes small splits as even as large splits.
     missing = np.repeat(fractions[:, None], shares.shape[1], axis=1)
+    # Dividing the gain by the fraction makes small splits as even as large splits.
     scale = np.maximum(fractions, 1e-12)[:, None]
     assigned = np.zeros(len(shares), int)
     for position, index in enumerate(order):

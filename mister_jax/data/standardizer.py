@@ -52,8 +52,8 @@ def choose_standardizers(
 
     Args:
         features: Training split.
-        choice: "auto" decides by `why_standardize` for each modality, and "none" chooses no
-            modality. Otherwise, names of modalities as a list or a comma-separated string.
+        choice: Modalities to standardize, as a list or a comma-separated string; "none"; or "auto",
+            which chooses each modality for which `why_standardize` returns a reason.
 
     Returns:
         Standardizers by modality, and notes that tell the user why "auto" chose these modalities.

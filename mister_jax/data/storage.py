@@ -30,7 +30,7 @@ _REPLACED = ".replaced"
 
 
 def dataset_directory(name: str, data_dir: epath.PathLike | None) -> epath.Path:
-    """Returns the directory of a dataset `DATASET` or `DATASET/CONFIG`, which may not exist.
+    """Returns the directory of a dataset `DATASET` or `DATASET/CONFIG`. It need not exist.
 
     Raises:
         InputError: The name is not allowed.
@@ -77,7 +77,7 @@ def split_sizes(builder: "DatasetBuilder") -> dict[str, int]:
 
 
 def check_split(builder: "DatasetBuilder", split: str) -> None:
-    """Checks a split that is about to be opened.
+    """Checks that a split may be opened.
 
     Raises:
         InputError: The split does not exist, or is empty.
@@ -123,14 +123,14 @@ def atomic_dataset(
 def atomic_directory(
     directory: epath.Path, root: epath.Path, *, overwrite: bool
 ) -> Iterator[epath.Path]:
-    """Yields a temporary folder, and moves a directory out of this folder into place on success.
+    """Yields a temporary folder, and on success moves the new directory to `directory`.
 
-    If the body fails, `directory` does not change. If the process is killed, the temporary folder
-    remains until the next call; see `recover_directory`.
+    If the `with` block fails, `directory` does not change. If the process is killed, the temporary
+    folder remains until the next call; see `recover_directory`.
 
     Yields:
-        A temporary folder in `root`. The body must write to `directory.relative_to(root)` inside
-        this folder.
+        A temporary folder in `root`. The `with` block must write the new contents to the subfolder
+        `directory.relative_to(root)`.
 
     Raises:
         InputError: The directory exists or cannot be written.
@@ -165,7 +165,7 @@ def recover(name: str, data_dir: epath.PathLike | None) -> None:
 
 
 def recover_directory(directory: epath.Path, root: epath.Path) -> None:
-    """Removes temporary folders of killed `atomic_directory` calls on this machine.
+    """Removes temporary folders for `directory` that killed processes on this machine left.
 
     If a process was killed after it moved the old directory away and before it moved the new
     directory into place, the old directory is restored.
@@ -194,7 +194,7 @@ def _rollback(temporary: epath.Path, directory: epath.Path) -> None:
 
 @contextlib.contextmanager
 def silence_tfds() -> Iterator[None]:
-    """Hides TFDS's messages, which show progress bars and temporary paths."""
+    """Hides TFDS's progress bars, and its messages, which contain temporary paths."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     discarded = io.StringIO()

@@ -4,10 +4,12 @@ Emotions follow a Markov chain along a dialogue. An utterance's speech and text 
 Gaussian around the mean of its emotion, so the exact posterior is known; see `dialogue_process`.
 The task rewards each part of a multimodal dialogue model:
 
-- Speech separates odd from even emotions well, and other emotions poorly. Text separates the pairs
-  (0, 1), (2, 3), ... well, and the emotions within a pair poorly. A model needs both modalities.
+- Speech separates odd from even emotions well, and emotions of equal parity poorly. Text separates
+  the pairs (0, 1), (2, 3), ... well, and the emotions within a pair poorly. A model needs both
+  modalities.
 - Emotions tend to persist, so context helps.
-- Some utterances have one uninformative modality, which is not flagged, so a gate helps.
+- Some utterances have one uninformative modality, which no flag reveals, so a gate that weights
+  the modalities helps.
 - Some utterances lack one modality, which is flagged.
 """
 
@@ -31,7 +33,7 @@ DEFAULT_NUM_DIALOGUES: Mapping[str, int] = {"train": 200, "validation": 40, "tes
 MIN_LENGTH, MAX_LENGTH = 2, 30
 """Minimum and maximum number of utterances in a dialogue."""
 
-# Lengths of the two components of a mean vector. The strong component separates groups of emotions
+# Norms of the two components of a mean vector. The strong component separates groups of emotions
 # well, and the weak component separates emotions within a group poorly. The noise has standard
 # deviation 1 in every direction.
 _STRONG, _WEAK = 2.0, 0.8
@@ -145,7 +147,7 @@ def generate_features(
         **options: Options of `emotion_process`, such as `num_classes` and `speech_dim`.
 
     Raises:
-        InputError: `num_dialogues` has no dialogue or an unknown split.
+        InputError: `num_dialogues` has an unknown split or a negative number, or all numbers are 0.
         ValueError: Another argument is out of range.
     """
     check_num_dialogues(num_dialogues)

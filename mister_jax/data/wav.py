@@ -59,10 +59,10 @@ class WavHeader:
     def is_pcm(self) -> bool:
         """Whether `pcm_blocks` can read the samples.
 
-        False for files that FFmpeg should read: files with 8-bit samples, which are unsigned, and
-        files with more than two channels, whose layout only FFmpeg knows. True for any number of
-        channels if samples are stored with padding bytes (such as 24 bits in 4 bytes), which FFmpeg
-        would misread.
+        False for files that FFmpeg should read: files with compressed or float samples, files with
+        8-bit samples, which are unsigned, and files with more than two channels, whose layout only
+        FFmpeg knows. True for any number of channels if integer samples are stored with padding
+        bytes (such as 24 bits in 4 bytes), which FFmpeg would misread.
         """
         has_padding_bytes = (self.valid_bits + 7) // 8 < self.container_bytes
         return (

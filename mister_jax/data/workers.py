@@ -1,9 +1,9 @@
 """Maps a function over items in parallel processes, in order, and survives process crashes.
 
 If a worker of `concurrent.futures` or loky is killed, all pending calls fail, and the error does
-not name the item that caused the crash. Workers of these libraries also import the user's main
-program again, or import JAX together with the function's package. Workers in this module run this
-file and import only the function's module.
+not name the item that caused the crash. Workers of these libraries also start slowly: they import
+the user's main program again, or JAX together with the function's package. Workers in this module
+run this file and import only the function's module.
 """
 
 import collections
@@ -41,7 +41,8 @@ def ordered_map(
     with the number of items.
 
     Args:
-        function: Function that can be imported by name, or a `functools.partial` of one.
+        function: Function that can be imported by name, or a `functools.partial` of such a
+            function.
         items: Items to process. Items and results must be picklable.
         num_workers: Number of processes. If 0, the function runs in this process.
 
@@ -99,7 +100,7 @@ def _parallel_map(
 
 
 class _Worker:
-    """A process that applies a function. Starts at the first call, and again after a crash."""
+    """Applies a function in a process, started at the first call and restarted after a crash."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
@@ -128,7 +129,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        with contextlib.suppress(OSError):  # If the process has died, the next call says so.
+        with contextlib.suppress(OSError):  # If the process has died, `__call__` reports the crash.
             _write(self.process.stdin, pickle.dumps(sys.path) + pickle.dumps(self._function))
         return self.process
 

@@ -6,5 +6,6 @@ from mister_jax.errors import require_extra
 
 require_extra("encoders", "mister_jax.encoders")
 
-# transformers is used for its tokenizers; this silences its advice to install PyTorch.
+# mister_jax uses only the tokenizers and feature extractors of transformers. This variable hides
+# the advice of transformers to install PyTorch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

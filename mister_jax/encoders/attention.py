@@ -13,16 +13,19 @@ from mister_jax.nn import attention
 from mister_jax.nn.dropout import Dropout
 
 MAX_CPU_SCORES = 2**22
-"""Maximum number of scores (16 MiB) that a CPU computes at once; more would exceed its caches."""
+"""Number of scores (16 MiB) above which a CPU computes one head at a time.
+
+More scores would exceed the CPU's caches.
+"""
 
 MAX_TPU_SCORES = 2**22
-"""Maximum number of scores per example (16 MiB) for which a TPU computes all heads at once."""
+"""Number of scores per example (16 MiB) above which a TPU computes one key head at a time."""
 
-# Less than half of float32's maximum, so that the sum of two such values is finite.
+# Score of a masked key. Even the sum of two such values (mask and bias) is finite in float32.
 _MASKED = -0.4 * float(jnp.finfo(jnp.float32).max)
 
 Bias = jax.Array | tuple[jax.Array, ...] | None
-"""Bias added to the scores, or factors whose product is the bias; all are 4D."""
+"""Bias added to the scores, or factors whose product is the bias; all arrays are 4D."""
 
 
 def dot_product_attention(
@@ -39,12 +42,12 @@ def dot_product_attention(
 ) -> jax.Array:
     """Computes `mister_jax.nn.dot_product_attention` with the fastest implementation.
 
-    In inference, there is a special implementation for CPUs, and without dropout, there is one for
-    long inputs on TPUs.
+    There are special implementations for non-causal inference on CPUs, and for long inputs without
+    dropout on TPUs.
 
     Args:
       query: Queries, [B, T, K, head_dim].
-      key: Keys, [B, S, G, head_dim], where G divides K.
+      key: Keys, [B, S, G, head_dim], where G divides K; with dropout, G must be K.
       value: Values, [B, S, G, head_dim].
       mask: Whether a query may attend to a key, bool; broadcastable to [B, K, T, S]. If a query may
         not attend to any key, its result is finite but meaningless.
@@ -77,8 +80,8 @@ def dot_product_attention(
     has_dropout = not deterministic and dropout is not None and dropout.rate > 0
     forms: dict[str, Any] = {}
     if not has_dropout and options.get("implementation") is None:
-        # On CPUs, the default implementation is faster if gradients are computed, unless clips are
-        # long. The default is also faster if the bias is a product of factors, because the CPU
+        # On CPUs, the default implementation is faster in training, except for long inputs. The
+        # default is also faster if the bias is a product of factors, because the CPU
         # implementation would store the product.
         equal_heads = query.shape[2] == key.shape[2]
         if deterministic and not is_causal and equal_heads and len(factors) < 2:
@@ -125,7 +128,7 @@ def attention_on_cpu(
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, summand: jax.Array) -> jax.Array:
-    """Computes attention for queries, [..., T, head_dim], that are already scaled."""
+    """Computes attention for scaled queries; `summand` is the mask plus the bias."""
     scores = jnp.einsum("...td,...sd->...ts", query, key, preferred_element_type=jnp.float32)
     scores = scores + summand
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))

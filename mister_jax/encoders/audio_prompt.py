@@ -59,7 +59,7 @@ def splice_audio(
     sizes = jnp.where(is_placeholder, audio_lengths[:, None], 1) * prompt_mask  # [B, P]
     ends = jnp.cumsum(sizes, axis=1)
     position = jnp.arange(num_tokens - 1 + audio.shape[1])
-    # A position belongs to the first token that ends after it.
+    # An output position belongs to the first token whose end is greater than the position.
     token = jax.vmap(lambda end: jnp.searchsorted(end, position, side="right"))(ends)  # [B, N]
     mask = token < num_tokens
     token = jnp.where(mask, token, 0)
@@ -72,10 +72,10 @@ def splice_audio(
 
 
 class SpeechLLM(nnx.Module):
-    """Language model without a head, whose prompt contains a clip.
+    """Speech LLM: a language model without a head, whose prompt contains a clip.
 
-    Subclasses create the attribute `decoder`, the language model. The token `placeholder` in the
-    config stands for the audio and need not be in the vocabulary.
+    Subclasses create the attribute `decoder`, the language model. The config's `placeholder` is the
+    token that stands for the audio. This token need not be in the vocabulary.
     """
 
     config: Any

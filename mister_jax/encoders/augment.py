@@ -1,6 +1,7 @@
 """Augmentation of training speech: gain, noise, speed and spectrogram masks.
 
-There is one key per clip, so that a clip's augmentation does not depend on the batch or on padding.
+There is one `jax.random.key` per clip, so that a clip's augmentation does not depend on the batch
+or on padding.
 Shape letters: B clips, S samples, F frames, M mel bins.
 """
 
@@ -25,7 +26,7 @@ def random_gain(
 
     Args:
       waveform: Waveforms, [B, S].
-      keys: Typed keys, one per clip, [B].
+      keys: Keys, one per clip, [B].
       low: Minimum gain in dB.
       high: Maximum gain in dB.
 
@@ -48,7 +49,7 @@ def add_noise(
     Args:
       waveform: Waveforms, [B, S].
       lengths: Number of samples in each clip, [B] int.
-      keys: Typed keys, one per clip, [B].
+      keys: Keys, one per clip, [B].
       low: Minimum signal-to-noise ratio in dB.
       high: Maximum signal-to-noise ratio in dB.
 
@@ -79,7 +80,7 @@ def change_speed(
     Args:
       waveform: Waveforms, [B, S].
       lengths: Number of samples in each clip, [B] int.
-      keys: Typed keys, one per clip, [B].
+      keys: Keys, one per clip, [B].
       low: Minimum speed, above 0.
       high: Maximum speed.
 
@@ -117,7 +118,7 @@ def mask_spectrogram(
     Args:
       spectrogram: Spectrograms, [B, F, M].
       mask: Valid frames, which come first, [B, F] bool.
-      keys: Typed keys, one per clip, [B].
+      keys: Keys, one per clip, [B].
       num_time_masks: Number of time masks.
       max_frames: Maximum length of a time mask in frames.
       max_frame_share: Maximum length of a time mask as a fraction of the clip's frames.
@@ -135,7 +136,7 @@ def mask_spectrogram(
     def random_stretches(
         key: jax.Array, size: jax.Array, number: int, max_length: jax.Array, positions: jax.Array
     ) -> jax.Array:
-        """Masks `number` random intervals of the first `size` positions."""
+        """Returns a mask of `number` random intervals within the first `size` positions."""
         length_key, start_key = jax.random.split(key)
         lengths = jax.random.uniform(length_key, (number,)) * (max_length + 1)
         lengths = jnp.minimum(lengths.astype(jnp.int32), max_length)

@@ -26,7 +26,7 @@ from mister_jax.errors import InputError
 from mister_jax.nn import ScannedLayers
 from mister_jax.nn.scanned_layers import Remat
 
-# Supported values of the architecture options in a checkpoint's `cfg`.
+# Options in a checkpoint's `cfg` that have only one supported value.
 _FIXED_FIELDS = {
     "layer_norm_first": False,
     "conv_bias": False,
@@ -134,7 +134,7 @@ class BeatsConfig:
         return num_frames // self.patch_size * self.patches_per_step
 
 
-# Statistics over AudioSet. The models were trained on (x - mean) / (2 std).
+# Statistics of the filter bank over AudioSet. The models were trained on (x - mean) / (2 std).
 FBANK_MEAN = 15.41663
 FBANK_STD = 6.55582
 
@@ -147,7 +147,7 @@ def compute_fbank(waveform: jax.Array, config: BeatsConfig) -> jax.Array:
       config: Model config.
 
     Returns:
-      Filter bank, [B, F, num_mel_bins] float32. Each frame depends only on its 400 samples.
+      Filter bank, [B, F, num_mel_bins] float32. Each frame depends only on the 400 samples in it.
     """
     fbank = frontends.kaldi_fbank(waveform * 2.0**15, num_mel_bins=config.num_mel_bins)
     return (fbank - FBANK_MEAN) / (2 * FBANK_STD)
@@ -214,7 +214,7 @@ class BeatsLayer(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, position_bias: jax.Array, **_: Any
     ) -> jax.Array:
-        """Transforms x, [B, N, D], without dropout."""
+        """Transforms x, [B, N, D]; `**_` are dropout arguments, which have no effect."""
         attended = self.attention(x, mask, position_bias)
         x = self.attention_norm(self.residual_scale * x + attended)
         hidden = gelu(self.mlp_in(x))
@@ -281,7 +281,7 @@ class Beats(nnx.Module):
         patches = fbank[:, : num_steps * size].reshape(batch_size, num_steps, size, -1, size)
         patches = patches.swapaxes(2, 3).reshape(batch_size, num_tokens, size * size)
         valid = token_mask[..., None]
-        # Also mask the input, because gradients through non-finite padding would be NaN.
+        # Mask before the layers too: NaN or infinity in the padding would cause NaN gradients.
         x = self.patch_norm(self.patch_embedding(jnp.where(valid, patches, 0)))
         x = jnp.where(valid, self.projection(x), 0)  # [B, N, D]
         x = self.norm(x + gelu(self.position_convolution(x)))
@@ -297,7 +297,7 @@ IGNORED = (
     # Copies of the first layer's position bias.
     r"(^|\.)encoder\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.weight$",
 )
-"""Patterns for tensors that `Beats` does not need: the classifier and duplicates."""
+"""Regular expressions for tensors that `Beats` does not need: the classifier and duplicates."""
 
 # Maps a layer's modules to their names in a checkpoint.
 _LINEARS = {

@@ -27,7 +27,7 @@ from mister_jax.nn.masking import positions_and_segment_mask
 
 # Padding token by model type, for a config.json without `pad_token_id`.
 _PADDING_TOKENS = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
-# Supported values of the architecture options.
+# Options in a config.json that have only one supported value.
 _HUGGINGFACE_FIXED = {
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
@@ -35,7 +35,7 @@ _HUGGINGFACE_FIXED = {
     "add_cross_attention": False,
 }
 # Maps the fields of `BertConfig` to their names in a config.json, and to their defaults in
-# transformers or, if they are required, their types.
+# transformers or, for required fields, their types.
 _SIZES: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", int),
     "hidden_size": ("hidden_size", int),
@@ -233,8 +233,8 @@ class Bert(nnx.Module):
 
         Raises:
           ValueError: Neither or both of `input_ids` and `embeddings` are given, or a sequence is
-            too long. If `positions` or `segment_ids` are traced, a sequence that is too long gets
-            non-finite outputs instead.
+            too long. If the positions are traced (under `jax.jit` with `positions` or
+            `segment_ids`), a sequence that is too long gets non-finite outputs instead.
         """
         if (input_ids is None) == (embeddings is None):
             raise ValueError("Bert: pass either input_ids or embeddings")
@@ -282,7 +282,7 @@ NAME_RULES = NameRules(
     prefixes=("", "bert.", "roberta."),
     # Checkpoints converted from TensorFlow, such as BERT-base, use the names on the left.
     renamed={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
-    # Old versions of transformers saved these index buffers.
+    # `Bert` has no pooler. Old versions of transformers saved the two index buffers.
     unused=(r"^pooler\.", r"^embeddings\.(position_ids|token_type_ids)$"),
     heads=(r"^(cls|lm_head|classifier|qa_outputs)\.",),
 )

@@ -43,7 +43,7 @@ _QWEN2_FIELDS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", 151936),
     "mlp_dim": ("intermediate_size", 22016),
 }
-# Supported values of the architecture options.
+# Options in a config.json that have only one supported value.
 _FIXED_FIELDS = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -78,8 +78,9 @@ class RopeScaling:
 
     Attributes:
       factor: Divisor of the low frequencies, at least 1.
-      low_frequency_factor: Number of turns in the original context below which a frequency is low.
-      high_frequency_factor: Number of turns in the original context above which a frequency is
+      low_frequency_factor: Number of rotations in the original context below which a frequency is
+        low.
+      high_frequency_factor: Number of rotations in the original context above which a frequency is
         high.
       original_positions: Context length before scaling.
     """
@@ -223,7 +224,7 @@ def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise hf_config.unsupported(f"{name}.rope_type", rope_type, "default, llama3")
-    # Later sources override earlier ones, as in transformers.
+    # As in transformers, a value in a later source replaces the value in an earlier source.
     positions = "original_max_position_embeddings"
     sources = (
         {positions: config.get("max_position_embeddings"), "rope_theta": config.get("rope_theta")},
@@ -461,7 +462,7 @@ _BIASES = ("attention/query", "attention/key", "attention/value")
 
 
 def key_table(config: DecoderConfig, prefix: str = "") -> KeyTable:
-    """Returns the tensor names for each parameter of `Decoder`.
+    """Returns the names of the checkpoint tensors for each parameter of `Decoder`.
 
     Args:
       config: Decoder config.

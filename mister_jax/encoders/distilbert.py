@@ -15,7 +15,7 @@ from mister_jax.encoders import hf_config
 from mister_jax.encoders.bert import BertConfig
 
 # Maps the fields of `DistilBertConfig` to their names in a config.json, and to their defaults in
-# transformers or, if they are required, their types.
+# transformers or, for required fields, their types.
 _FIELDS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", int),
     "hidden_size": ("dim", int),

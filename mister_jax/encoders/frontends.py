@@ -1,8 +1,8 @@
-"""Front ends of speech encoders, which compute spectrograms from waveforms.
+"""Front ends of speech encoders: functions that turn waveforms into an encoder's input.
 
 This module has Whisper's log-mel spectrogram, Kaldi's filter bank and wav2vec 2.0's normalization.
 Waveforms are mono, at 16 kHz and in [-1, 1], with padding after each clip. Padding, even NaN, does
-not change any result. Shape letters: B clips, S samples, F frames, M mel bins.
+not affect valid samples or frames. Shape letters: B clips, S samples, F frames, M mel bins.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def normalize(waveform: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 def _triangular_filters(points: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Returns triangular filters at the given points, [points, M].
+    """Evaluates M triangular filters at the given points; returns the values, [points, M].
 
     Filter m rises from edge m to edge m + 1 and falls to edge m + 2.
     """
@@ -81,7 +81,7 @@ def slaney_filters(num_mel_bins: int) -> np.ndarray:
     up to 1 kHz and logarithmic above.
     """
     top = SAMPLE_RATE / 2
-    step = np.log(6.4) / 27  # Logarithmic step above 1 kHz, which is 15 on the mel scale.
+    step = np.log(6.4) / 27  # log(frequency) per mel above 1 kHz, which is 15 mel.
     edges = np.linspace(0, 15 + np.log(top / 1000) / step, num_mel_bins + 2)
     edges = np.where(edges < 15, edges * 200 / 3, 1000 * np.exp((edges - 15) * step))
     filters = _triangular_filters(np.linspace(0, top, FRAME_SIZE // 2 + 1), edges)
@@ -93,7 +93,7 @@ def kaldi_filters(num_mel_bins: int, low: float = 20.0, high: float = 8000.0) ->
     """Returns Kaldi's mel filters for a 512-point spectrum, [257, M] float32.
 
     The filters are triangles with height 1 on the scale ln(1 + f / 700), from `low` to `high` Hz.
-    The filters do not use the last frequency. A narrow filter may be zero at all frequencies.
+    The last frequency has weight 0 in all filters. A narrow filter may be zero at all frequencies.
     """
     edges = np.linspace(np.log1p(low / 700), np.log1p(high / 700), num_mel_bins + 2)
     frequencies = np.arange(_FBANK_FFT_SIZE // 2) * (SAMPLE_RATE / _FBANK_FFT_SIZE)
@@ -132,14 +132,14 @@ def log_mel(
       waveform: Waveforms, [B, S].
       lengths: Number of samples in each clip, [B] int.
       num_mel_bins: Number of mel bins M: 128 for large-v3 and 80 for older models.
-      num_frames: Number of frames F to compute; all by default. It should cover the longest clip
-        and the two frames after it, which overlap the clip's last samples. With fewer frames, the
-        values are correct only if no omitted frame contains the clip's maximum.
+      num_frames: Number of frames F to compute; `window_frames` by default. F should cover the
+        longest clip and the two frames after the clip, which overlap its last samples. With fewer
+        frames, the values are correct only if no omitted frame contains the clip's maximum.
       window_frames: Number of frames in a padded clip; longer clips are truncated.
 
     Returns:
-      Spectrograms, [B, F, M] float32. Frames after a clip have the clip's minimum value, which
-      represents silence.
+      Spectrograms, [B, F, M] float32. Frames that contain no samples of the clip have the clip's
+      minimum value, which represents silence.
     """
     num_frames = window_frames if num_frames is None else min(num_frames, window_frames)
     window, half = window_frames * FRAME_STEP, FRAME_SIZE // 2
@@ -166,20 +166,20 @@ def kaldi_fbank_lengths(lengths: jax.Array) -> jax.Array:
 def kaldi_fbank(waveform: jax.Array, *, num_mel_bins: int = 128) -> jax.Array:
     """Computes Kaldi's log-mel filter bank.
 
-    The frames are 25 ms long and start every 10 ms. The last frame must fit in the waveform. Each
-    frame is shifted to zero mean, pre-emphasized with coefficient 0.97 and multiplied by a Povey
-    window. The mel filters are applied to the 512-point power spectrum. The result is clipped from
-    below at float32's epsilon before the natural logarithm. Dither and the energy feature are not
-    implemented.
+    The frames are 25 ms long and start every 10 ms. Samples after the last complete frame are
+    ignored. Each frame is shifted to zero mean, pre-emphasized with coefficient 0.97 and multiplied
+    by a Povey window. The mel filters are applied to the 512-point power spectrum. The result is
+    clipped from below at float32's epsilon before the natural logarithm. Dither and the energy
+    feature are not implemented.
 
     Args:
-      waveform: Waveforms, [B, S]. Kaldi's full scale is 2^15; scale the input if a model expects
-        this.
+      waveform: Waveforms, [B, S]. Kaldi's full scale is 2^15; if a model expects this scale,
+        multiply the input by 2^15.
       num_mel_bins: Number of mel bins M, from 20 Hz to 8 kHz.
 
     Returns:
       Filter banks, [B, F, M] float32, with F = 1 + (S - 400) // 160, at least 1. A frame depends
-      only on its 400 samples; `kaldi_fbank_lengths` returns how many frames are valid.
+      only on the 400 samples in it; `kaldi_fbank_lengths` returns how many frames are valid.
     """
     num_frames = max(0, waveform.shape[1] - FRAME_SIZE) // FRAME_STEP + 1
     frames = split_frames(waveform.astype(jnp.float32), FRAME_SIZE, FRAME_STEP, num_frames)

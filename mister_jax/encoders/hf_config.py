@@ -20,7 +20,7 @@ from mister_jax.nn.scanned_layers import Remat
 CONFIG_FILE = "config.json"
 TYPE_OPTIONS = ("dtype", "param_dtype")
 SHARED_OPTIONS = (*TYPE_OPTIONS, "attention_implementation")
-"""Options that apply to a speech LLM's audio encoders and to its language model."""
+"""Options of a speech LLM's language model that its Whisper encoder also has."""
 _TYPE_NAMES = {
     bool: "true or false",
     int: "an integer",
@@ -39,13 +39,13 @@ class EncoderConfig:
     `attention_dropout` (on the attention weights) and `activation_dropout` (inside the MLPs).
 
     Attributes:
-      lora: Config of the low-rank paths, or None.
+      lora: LoRA config, or None for no LoRA.
       remat: Rematerialization policy; see `mister_jax.nn.ScannedLayers`.
       attention_implementation: `implementation` argument of `jax.nn.dot_product_attention`. It has
         no effect when attention dropout is active.
-      dtype: Computation dtype; RoPE, softmaxes, gates, norm statistics and spectrograms are
-        float32.
-      param_dtype: Parameter dtype; low-rank paths are float32.
+      dtype: Computation dtype; RoPE, softmaxes, position-bias gates, norm statistics and
+        spectrograms are float32.
+      param_dtype: Parameter dtype; LoRA parameters are float32.
     """
 
     lora: LoRAConfig | None = None
@@ -62,7 +62,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     extractor's file. This field says whether the encoder expects normalized waveforms.
 
     Raises:
-      InputError: A file is missing or damaged.
+      InputError: The config.json is missing, or a file is damaged.
     """
     folder = pathlib.Path(folder)
     config = _read_json(folder / CONFIG_FILE)

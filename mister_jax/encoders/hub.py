@@ -1,4 +1,4 @@
-"""Returns the local folders of Hugging Face models, and downloads models from the Hub."""
+"""Finds the local folders of Hugging Face models, and downloads models from the Hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mister_jax.errors import InputError
 from mister_jax.io import hash_file
 
 MINILM = "minilm"
-"""Name of an encoder that needs no download."""
+"""Name of the MiniLM encoder in an installed package, which needs no download."""
 MINILM_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 """Name of the same model on the Hugging Face Hub."""
 PROCESSOR_FILES = (
@@ -137,7 +137,7 @@ def download(name: str, patterns: tuple[str, ...]) -> pathlib.Path:
 def fingerprint(*paths: str | os.PathLike[str]) -> str:
     """Returns a hash of the given files' contents and of the model files in the given folders.
 
-    Copied and downloaded files have the same fingerprint; see `io.hash_file`.
+    A copy of a model has the same fingerprint as the original; see `io.hash_file`.
     """
     files = [file for path in paths for file in _model_files(pathlib.Path(path))]
     hashes = [(file.name, hash_file(file)) for file in files]
@@ -152,7 +152,7 @@ def copy_model(
     Args:
       source: File or folder.
       target: File or folder to write.
-      weights: Whether to copy the weights in a folder.
+      weights: Whether to copy a model's weights; the weights of an adapter are always copied.
     """
     source = pathlib.Path(source)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""Layers shared by several encoders."""
+"""Layers shared by several encoders.
+
+Shape letters: B sequences, N tokens or frames, D hidden size, K heads.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,8 @@ class SelfAttention(nnx.Module):
 
         Args:
           x: Finite input, [B, N, D].
-          mask: Whether a query may attend to a key, [B, 1, N, N] bool with queries before keys. The
-            query axis may have size 1.
+          mask: Whether a query may attend to a key, [B, 1, N, N] bool (query, key). The query axis
+            may have size 1.
           bias: Bias added to the scores, [B, K, N, N] (query, key); none by default.
           **options: Dropout arguments `deterministic` and `rngs`.
 
@@ -78,7 +81,7 @@ class TransformerLayer(nnx.Module):
       epsilon: Epsilon of the LayerNorms.
       activation_dropout: Dropout rate inside the MLP.
       key_bias: Whether the key projection has a bias.
-      gate: Module that computes the bias of the scores from the attention's input and `bias`, or
+      gate: Module that computes the score bias from the attention's input and the ungated bias, or
         None.
       rngs: RNGs for parameter initialization.
     """

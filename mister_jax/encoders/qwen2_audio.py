@@ -2,7 +2,8 @@
 
 Qwen2-Audio maps waveforms and prompts to the language model's last hidden states. The
 language-model head is not implemented. Shape letters: B clips, S samples, P prompt tokens, A audio
-vectors (40 ms each), N = P - 1 + A, D hidden size of the language model.
+vectors (40 ms each), which replace one prompt token, N = P - 1 + A, D hidden size of the language
+model.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Qwen2AudioConfig:
     """Config of `Qwen2Audio`.
 
     Attributes:
-      tower: Config of the audio tower, with `trim`; its positions limit the clip length.
+      tower: Config of the audio tower; `trim` must be True. `tower.max_positions` limits the clip
+        length.
       decoder: Config of the language model.
       placeholder: Token that stands for the audio in a prompt.
     """

@@ -46,11 +46,12 @@ class Architecture:
     Attributes:
       config: Config class with `from_huggingface`.
       module: Module class, called as `module(config, rngs=...)`.
-      key_table: Function that returns the key table for a config, with the bare backbone's names.
+      key_table: Function that returns the key table for a config, with the tensor names of a
+        checkpoint without a head.
       name_rules: Variants of tensor names in checkpoints and adapters.
       processor: Name of the class in transformers that prepares the module's input: a tokenizer,
         or a feature extractor for speech. A name is stored, because accessing the class would
-        import PyTorch if it is installed.
+        import PyTorch if PyTorch is installed.
       modality: Input modality, "text" or "speech".
       needs_cls_token: Whether the tokenizer must add a token at the start of a text.
       prompt: Default prompt of a speech LLM.
@@ -161,7 +162,7 @@ def create_module(hf_config: Mapping[str, Any], *, rngs: nnx.Rngs, **changes: An
       **changes: Further fields of the architecture's config.
 
     Raises:
-      InputError: The architecture is not supported.
+      InputError: The architecture or the value of a field is not supported.
     """
     architecture = find_architecture(hf_config, CONFIG_FILE)
     _check_dtypes(changes)
@@ -212,8 +213,9 @@ def load_module(
       folder: Folder of the model.
       hf_config: Content of the folder's config.json; by default read from the folder.
       mesh: Mesh on which the parameters are placed; by default, they are on the first device.
-      adapter: Folder of a `peft` adapter, whose low-rank paths replace `lora`.
-      seed: Seed for new low-rank paths.
+      adapter: Folder of a `peft` adapter. Its LoRA replaces that of the option `lora`, which must
+        not target other layers.
+      seed: Seed for LoRA parameters that are not in a checkpoint.
       **changes: Further fields of the architecture's config, such as `dtype`, `param_dtype` and
         `lora`.
 
@@ -237,7 +239,7 @@ def load_module(
     shardings = None if mesh is None else parameter_shardings(module, mesh)
     checkpoint = Checkpoint.open(folder)
     load_backbone(module, table, checkpoint, architecture.name_rules, shardings=shardings)
-    # Variables that are not in the checkpoint, such as low-rank paths, are initialized as in a new
+    # Variables that are not in the checkpoint, such as LoRA parameters, are initialized as in a new
     # module. The compiler drops all other variables, so that no parameter is allocated twice.
     others = nnx.Any(nnx.LoRAParam, nnx.Not(nnx.Param))
     replicated = None if mesh is None else NamedSharding(mesh, P())
@@ -270,8 +272,9 @@ def _warn_of_other_base_model(
 ) -> None:
     """Warns if the name of an adapter's base model does not match the encoder.
 
-    The last part of the adapter's name is compared with all parts of the encoder's path and of the
-    name in the encoder's config. This recognizes copies of a model, and folders in the Hub's cache.
+    The last part of the base model's name is compared with all parts of the encoder's path and of
+    the name in the encoder's config. The comparison recognizes copies of a model and folders in the
+    Hub's cache.
     """
     base_model = read_base_model(adapter)
     name = _alphanumeric(pathlib.PurePath(base_model or "").name)
@@ -307,7 +310,7 @@ def load_processor(
     Raises:
       InputError: Files are missing, or do not match the module's vocabulary or config.json.
     """
-    import transformers  # Prosody and merged features need no processor.
+    import transformers  # Imported here, because prosody needs no processor.
 
     folder = pathlib.Path(folder)
     hf_config = read_config(folder) if hf_config is None else hf_config

@@ -1,10 +1,11 @@
 """SALMONN: Whisper and BEATs, connected to Vicuna by a window-level Q-Former (arXiv 2310.13289).
 
 SALMONN maps waveforms and prompts to the language model's last hidden states. The language-model
-head is not implemented. Clips last from 1 s to 30 s: shorter clips are padded with silence, and
-longer clips are truncated. Whisper always encodes 30 s, so every clip yields 88 speech tokens.
+head is not implemented. Clips shorter than 1 s are padded with silence, and clips longer than 30 s
+are truncated. Whisper always encodes 30 s, so every clip yields 88 speech tokens.
 Shape letters: B clips, S samples, T Whisper frames (20 ms), P prompt tokens, W windows, Q queries
-per window, A speech tokens, N = P - 1 + A, D hidden size of the language model.
+per window, A speech tokens, which replace one prompt token, N = P - 1 + A, D hidden size of the
+language model.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class QFormerConfig:
             raise invalid_field(self, "hidden_size", f"multiples of num_heads={self.num_heads}")
 
     def num_tokens(self, num_frames: int) -> int:
-        """Returns the number of tokens A for T frames; an incomplete last window is ignored."""
+        """Returns the number of tokens A for T frames; an incomplete last window yields none."""
         return self.num_queries * max(0, (num_frames - self.window) // self.stride + 1)
 
 
@@ -82,8 +83,9 @@ class SalmonnConfig:
     """Config of `Salmonn`.
 
     Attributes:
-      whisper: Config of Whisper, with `trim` off. Whisper's positions limit the clip length.
-      beats: Config of the encoder for other sounds.
+      whisper: Config of Whisper; `trim` must be False. `whisper.max_positions` limits the clip
+        length.
+      beats: Config of BEATs, which encodes sounds other than speech.
       qformer: Config of the Q-Former between the encoders and the language model.
       decoder: Config of the language model, with LoRA.
       min_samples: Length to which shorter clips are padded with silence.
@@ -123,7 +125,7 @@ class SalmonnConfig:
 
     @classmethod
     def salmonn_13b(cls, **changes: Any) -> SalmonnConfig:
-        """Returns the config of SALMONN-13B, which is `salmonn_7b` with Vicuna 13B v1.1."""
+        """Returns the config of SALMONN-13B: `salmonn_7b` with Vicuna 13B v1.1."""
         sizes: dict[str, Any] = {
             "hidden_size": 5120,
             "mlp_dim": 13824,
@@ -265,7 +267,7 @@ class WindowQFormer(nnx.Module):
 
         Args:
           speech: Frames from Whisper, [B, T, speech_dim].
-          sound: Tokens from BEATs, [B, T', sound_dim]; token n is combined with frame n.
+          sound: Tokens from BEATs, [B, T', sound_dim]; token n is concatenated with frame n.
           sound_mask: Valid tokens, [B, T'] bool; other tokens are replaced with zeros.
 
         Returns:
@@ -356,7 +358,7 @@ def prompt_tokens(tokenizer: Any, prompt: str, config: SalmonnConfig) -> list[in
 
 PREFIX = "model."
 """Prefix of parameter names in the SALMONN and BEATs checkpoints."""
-# Further tensors in SALMONN's checkpoint: training state, buffers and copies of parameters.
+# Tensors that are not loaded: training state, buffers and copies of parameters.
 _IGNORED = (
     r"^(optimizer|scaler|config)\.",
     r"\.position_ids$",
@@ -365,9 +367,9 @@ _IGNORED = (
 )
 _LLM_LAYER = "llama_model.base_model.model.model.layers.{}"
 _QFORMER_LAYER = "speech_Qformer.bert.encoder.layer.{}"
-_HEAD_DIM = 64  # BERT's value, because the checkpoint does not store the number of heads.
+_HEAD_DIM = 64  # As in BERT; the checkpoint does not store the number of heads.
 
-# These tables map the Q-Former's modules, and the modules of its layers, to their official names.
+# These tables map the modules of the Q-Former and its layers to their names in the checkpoint.
 _NORMS = {
     "speech_norm": "ln_speech",
     "sound_norm": "ln_audio",

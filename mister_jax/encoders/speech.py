@@ -1,4 +1,4 @@
-"""Common interface to all speech encoders, which map waveforms to hidden states.
+"""Common interface to the pretrained speech encoders, which map waveforms to hidden states.
 
 Most encoders are stored in one folder in the Hugging Face layout. SALMONN has four checkpoints: its
 trained parameters, Whisper, BEATs and Vicuna.
@@ -26,7 +26,7 @@ SALMONN = "salmonn"
 PROMPT_TOKENS = "prompt_tokens"
 """Field for the prompt's tokens in a speech LLM's backbone config."""
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600.0
-"""Limits for `max_seconds`; an encoder may have a smaller maximum."""
+"""Limits for the options `max_seconds` and `crop_seconds`; an encoder may have a lower maximum."""
 
 _WITH_SPECTROGRAM = ("whisper", "qwen2_audio", SALMONN)
 _SALMONN_PROMPT = "Describe the emotion of the speaker."
@@ -65,7 +65,7 @@ class SpeechFiles:
         return bool(self.vicuna)
 
     def fingerprint(self) -> str:
-        """Returns a hash that changes when a file is modified or replaced."""
+        """Returns a hash of the files; see `hub.fingerprint`."""
         if self.is_salmonn:
             folders = hub.fetch(self.whisper), hub.fetch(self.vicuna)
             return hub.fingerprint(self.name, self.beats, *folders)
@@ -221,7 +221,7 @@ def trainable_paths(backbone_config: Mapping[str, Any]) -> dict[str, LoRAConfig]
 
 
 def check_spectrogram(backbone_config: Mapping[str, Any]) -> None:
-    """Raises ValueError if an encoder's input is not a log-mel spectrogram."""
+    """Raises ValueError if an encoder does not compute a log-mel spectrogram."""
     if backbone_config["model_type"] not in _WITH_SPECTROGRAM:
         raise ValueError(
             f"mask_spectrogram: model_type {backbone_config['model_type']!r} has no spectrogram; "
@@ -246,7 +246,7 @@ def check_seconds(seconds: float, module: Any = None, *, name: str = "max_second
 
     Args:
       seconds: Clip length in seconds.
-      module: Encoder, concrete or abstract, if it exists already.
+      module: Encoder, concrete or abstract; None skips the check of the encoder's maximum.
       name: Name of the option, for the error message.
 
     Raises:

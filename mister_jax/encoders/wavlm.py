@@ -2,7 +2,7 @@
 
 The three models share one architecture (arXiv 2006.11477, 2106.07447, 2110.13900): convolutions
 over the waveform, a positional convolution and a transformer. WavLM adds a gated relative position
-bias. Heads and the masking of latents are not implemented. Shape letters: B clips, S samples,
+bias. Heads and the masking in training are not implemented. Shape letters: B clips, S samples,
 N frames of 20 ms, C convolution channels, D hidden size, K heads, L layers.
 """
 
@@ -58,7 +58,7 @@ _WAVLM_FIELDS: dict[str, tuple[str, Any]] = {
     "num_buckets": ("num_buckets", 320),
     "max_distance": ("max_bucket_distance", 800),
 }
-# Supported values of the architecture options.
+# Options in a config.json that have only one supported value.
 _FIXED_FIELDS = {
     "hidden_act": "gelu",
     "feat_extract_activation": "gelu",
@@ -80,7 +80,8 @@ class WavLMConfig(hf_config.EncoderConfig):
       conv_strides: Stride of each convolution.
       conv_bias: Whether the convolutions have a bias.
       conv_norm: Norm of the convolutions: "group" normalizes each channel of the first
-        convolution over time; "layer" normalizes each step of all convolutions over the channels.
+        convolution over time; "layer" normalizes the channels at each time step, after every
+        convolution.
       projection_norm: Whether a LayerNorm precedes the projection from C to D.
       position_kernel: Kernel size of the positional convolution.
       position_groups: Number of groups of the positional convolution; divides `hidden_size`.
@@ -90,14 +91,14 @@ class WavLMConfig(hf_config.EncoderConfig):
       norm_first: Whether a LayerNorm precedes each block and another one follows the last layer, as
         in the large models. Otherwise, a LayerNorm follows each residual connection.
       normalize: Whether the waveform is normalized to zero mean and unit variance. The value must
-        match training; the config of the feature extractor stores it as `do_normalize`.
+        match pretraining; the config of the feature extractor stores it as `do_normalize`.
       layer_norm_epsilon: Epsilon of the transformer's LayerNorms.
       dropout: Dropout rate on the transformer's input and each block's output.
       projection_dropout: Dropout rate on the projected output of the convolutions.
 
     The LoRA targets are "query", "key", "value" and "out" in the attention, "mlp_in" and "mlp_out"
-    in the MLP, "/projection" after the convolutions, and "gate/projection" in WavLM's relative
-    position bias.
+    in the MLP, "/projection" (a complete path) after the convolutions, and "gate/projection" in
+    WavLM's relative position bias.
     """
 
     hidden_size: int = 768
@@ -234,7 +235,7 @@ class MaskedChannelNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(num_channels, param_dtype))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Normalizes x, [B, N, C], with statistics over the steps in the mask, [B, N]."""
+        """Normalizes x, [B, T, C], with statistics over the valid steps in the mask, [B, T]."""
         x, mask = x.astype(jnp.float32), mask[..., None]
         count = jnp.maximum(mask.sum(1, keepdims=True), 1)
         centered = x - jnp.where(mask, x, 0).sum(1, keepdims=True) / count
@@ -367,9 +368,9 @@ class WavLM(nnx.Module):
     ) -> Any:
         """Encodes clips.
 
-        The result for a clip does not depend on the rest of the batch, and equals the reference's
-        result for a batch of one clip. In larger batches, the reference's group norm includes the
-        padding.
+        The result for a clip does not depend on the rest of the batch, and equals the result of
+        transformers for a batch of one clip. In larger batches, the group norm of transformers
+        includes the padding.
 
         Args:
           waveform: Mono 16 kHz audio in [-1, 1], [B, S]; padding is ignored.
@@ -425,7 +426,8 @@ class WavLM(nnx.Module):
 
 NAME_RULES = keys.NameRules(
     prefixes=("", "wav2vec2.", "hubert.", "wavlm."),
-    # Newer checkpoints have these names for the gain and direction of weight normalization.
+    # Newer checkpoints use the names on the left for the gain and direction of weight
+    # normalization.
     renamed={
         r"parametrizations\.weight\.original0$": "weight_g",
         r"parametrizations\.weight\.original1$": "weight_v",

@@ -53,9 +53,8 @@ class WhisperConfig(EncoderConfig):
       trim: Whether to pad clips only to the longest clip in the batch and to mask this padding in
         attention, which saves time and memory. Otherwise, as in the reference, clips are padded to
         `max_positions` and attention includes the padding. The outputs differ, so use the same
-        value in training and extraction. For a tiny model with random weights, and clips that fill
-        a fifth to a half of the window, the difference is 0.3 to 0.6 standard deviations of the
-        outputs.
+        value in training and extraction. In a tiny model with random weights, they differ by 0.3 to
+        0.6 standard deviations if clips fill a fifth to a half of `max_positions`.
       dropout: Dropout rate on the transformer's input and each block's output.
       mask_spectrogram: Whether to mask time steps and mel bins in training; see
         `augment.mask_spectrogram`.
@@ -234,7 +233,7 @@ class Whisper(nnx.Module):
 
     def mel(self, waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Computes the input of `from_mel`: spectrograms, [B, F, M], and their lengths, [B]."""
-        # The receptive field of a clip's last position includes two frames after the clip.
+        # The receptive field of a clip's last position includes up to two frames after the clip.
         num_frames = 2 * self.num_positions(waveform.shape[1]) + 2
         mel = frontends.log_mel(
             waveform,
@@ -269,7 +268,7 @@ class Whisper(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Masks parts of the spectrograms in training if the config enables it."""
+        """Masks parts of the spectrograms in training if `mask_spectrogram` is set."""
         if deterministic or not self.config.mask_spectrogram:
             return mel
         if rngs is None:

@@ -1,4 +1,4 @@
-"""Evaluates models: scores, studies, sweeps, comparisons of runs, figures and HTML report."""
+"""Evaluates models: scores, studies, sweeps, comparisons of runs, figures and HTML reports."""
 
 from mister_jax.errors import require_extra
 

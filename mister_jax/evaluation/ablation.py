@@ -45,8 +45,9 @@ def run_ablation(
 
     Returns:
       The rows of the table, or None if SIGTERM interrupted the study. Each row has
-      "variant", "change" and "seeds". For each split in `SPLITS`, a row also has the "mean" and the
-      "deviation" of the scores over the seeds, and the scores of the "ensemble" of the seeds.
+      "variant", "change" and "seeds". For each split in `SPLITS`, a row also has a dict with the
+      "mean" and standard "deviation" of the scores over the seeds, and the scores of the seeds'
+      "ensemble".
 
     Raises:
       InputError: A name is not in `variants`, a config is invalid, or the directory belongs to a

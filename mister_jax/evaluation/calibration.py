@@ -25,10 +25,12 @@ def fit_on_validation(
     with_bias: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Fits a calibration, writes it to the work directory, and sets it in the predictor.
+    """Fits the predictor's calibration, and writes it to the predictor's work directory.
+
+    If no utterance has a label, the function logs a warning, and the predictor has no calibration.
 
     Args:
-      predictor: Predictor of the work directory.
+      predictor: Predictor to calibrate.
       per_seed: Predictions of each seed for the validation split, if already computed.
       with_bias: Whether to fit a bias per class in addition to the temperature.
       quiet: Whether to hide progress.
@@ -108,17 +110,17 @@ def _resampled_scores(
 def summarize_calibration(
     predictor: Predictor, uncalibrated: SplitPredictions, calibrated: SplitPredictions | None
 ) -> dict[str, Any]:
-    """Returns the JSON values of a calibration and of the scores before and after calibration.
+    """Returns the calibration's parameters, and the scores before and after it, as JSON values.
 
     Args:
       predictor: Predictor that made the predictions.
       uncalibrated: Predictions for a split with at least one label.
-      calibrated: Calibrated predictions; None if they were not calibrated.
+      calibrated: Calibrated predictions; None if the predictions were not calibrated.
 
     Returns:
       "uncalibrated": for each score, its "value" and the bounds "low" and "high". If calibrated
-      predictions are given, also "calibrated" and "difference" in the same form, and the parameters
-      "temperature" and "bias" (by class, or None).
+      predictions are given, also "calibrated" and "difference" (calibrated minus uncalibrated) in
+      the same form, and the parameters "temperature" and "bias" (by class, or None).
     """
     bootstrap = DialogueBootstrap(uncalibrated)
     summary: dict[str, Any] = {}
@@ -132,7 +134,7 @@ def summarize_calibration(
     if calibrated is not None:
         before, after = versions["uncalibrated"], _resampled_scores(calibrated, bootstrap)
         versions["calibrated"] = after
-        # Both scores use the same resamples, so their difference has an interval.
+        # Both versions are scored on the same resamples, so their difference has an interval.
         versions["difference"] = {
             key: (after[key][0] - before[key][0], after[key][1] - before[key][1]) for key in after
         }
@@ -156,8 +158,8 @@ def warn_if_worse(features: Any, summary: Mapping[str, Any]) -> None:
         before, after = (summary[it][name]["value"] for it in ("uncalibrated", "calibrated"))
         logging.warning(
             "dataset %s, split %s: calibration makes the probabilities worse (negative log "
-            "likelihood %.3f -> %.3f), because validation differs from this split; --calibrate="
-            "false switches it off",
+            "likelihood %.3f -> %.3f); the validation split may differ from this split; "
+            "--calibrate=false disables calibration",
             features.name,
             features.split,
             before,

@@ -1,8 +1,8 @@
 """Compares the stored predictions of runs on the same utterances.
 
-All differences have paired confidence intervals: each resample draws the same dialogues for both
-runs; see `confidence_intervals`. McNemar's exact test compares the utterances that only one of two
-runs predicts correctly. Unlike the intervals, the test treats utterances as independent.
+Differences between scores have paired confidence intervals: each resample draws the same dialogues
+for both runs; see `confidence_intervals`. McNemar's exact test compares the utterances that only
+one of two runs predicts correctly. Unlike the intervals, the test treats utterances as independent.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Comparison:
 
     @property
     def letters(self) -> str:
-        """Short names of the runs, such as "AB" for two runs."""
+        """Names of the runs, one capital letter per run, such as "AB" for two runs."""
         return string.ascii_uppercase[: len(self.runs)]
 
     @classmethod
@@ -65,7 +65,8 @@ class Comparison:
           dataset: Dataset of the predictions; by default each run's training dataset.
 
         Raises:
-          InputError: A run has no predictions for the split, or the runs differ in their classes,
+          InputError: The number of runs is unsupported, a run's predictions for the split are
+            missing or outdated, the split has no labels, or the runs differ in their classes,
             labeled utterances or labels.
         """
         if not 2 <= len(runs) <= len(string.ascii_uppercase):
@@ -110,7 +111,7 @@ def _read_rows(path: epath.Path, split: str, dataset: str | None) -> dict[_Key, 
             f"--workdir={path} --split={split}{dataset_flag}` first"
         )
     _check_current(path, split, str(selected[0].get("dataset", dataset)))
-    # A cross-validation may have several datasets, with the same ids.
+    # The datasets of a cross-validation may use the same dialogue ids.
     is_prefixed = len({row.get("dataset") for row in selected}) > 1
     labeled: dict[_Key, dict[str, Any]] = {}
     for row in selected:
@@ -171,7 +172,7 @@ def _check_same_utterances(
     )
     if classes != other_classes:
         raise InputError(
-            f"{path}: classes {', '.join(other_classes)}; needed: those of {first_path}, "
+            f"{path}: classes {', '.join(other_classes)}; needed: the classes of {first_path}, "
             f"{', '.join(classes)}"
         )
     changed = [key for key, row in first.items() if row["label"] != rows[key]["label"]]
@@ -190,7 +191,7 @@ def _split_predictions(
     class_names: tuple[str, ...],
     split: str,
 ) -> SplitPredictions:
-    """Collects the rows with the given keys as arrays, in the order of the keys."""
+    """Converts rows to arrays; `keys` contains the ids of each row."""
     index = {name: number for number, name in enumerate(class_names)}
     dialogues = {dialogue: number for number, dialogue in enumerate(dict(keys))}
     return SplitPredictions(
@@ -220,12 +221,13 @@ def compare_predictions(first: SplitPredictions, second: SplitPredictions) -> di
       - "scores": For each of `SCORE_NAMES`, the values of the "first" and the "second" run, and the
         "difference" (second minus first) with its interval.
       - "per_class": For each class, the same entries for the class's F1, and the "support".
-      - "utterances": Numbers of utterances that "both", "only_first", "only_second" or "neither"
-        predict correctly.
+      - "utterances": Number of utterances that "both" runs, "only_first", "only_second" or
+        "neither" run predicts correctly.
       - "mcnemar_p": p-value of McNemar's exact test.
       - "agreement": Share of utterances with equal predictions.
-      - "dialogues": Dicts with "dialogue", "utterances", and the numbers of correct predictions
-        "first" and "second", sorted by the absolute difference of these numbers.
+      - "dialogues": For each dialogue, its id ("dialogue"), its number of "utterances", and the
+        numbers of correct predictions of the "first" and the "second" run. The dialogues with the
+        largest absolute difference of these numbers come first.
     """
     bootstrap = DialogueBootstrap(first)
     scores = [bootstrap.scores(run.predicted) for run in (first, second)]
@@ -267,9 +269,9 @@ def compare_predictions(first: SplitPredictions, second: SplitPredictions) -> di
 def mcnemar_p(only_first: int, only_second: int) -> float:
     """Returns the two-sided p-value of McNemar's exact test.
 
-    Under the null hypothesis, each of the n utterances that only one run predicts correctly is
-    equally likely to belong to either run. The smaller count k is then binomial, and p is 2 P(X <=
-    k), at most 1.
+    Exactly one run is correct on n utterances. Under the null hypothesis, each run is equally
+    likely to be the correct one. For X ~ Binomial(n, 1/2) and the smaller count k, p is
+    2 P(X <= k), at most 1.
     """
     total = only_first + only_second
     coefficient = tail = 1
@@ -333,7 +335,7 @@ def write_comparison(
 
 
 def changed_csv(comparison: Comparison, texts: Mapping[str, str]) -> str:
-    """Returns the utterances whose predictions differ between runs as CSV.
+    """Returns a CSV table of the utterances whose predictions differ between runs.
 
     Each run has three columns: its prediction, the probability of the prediction, and the
     probability of the label.

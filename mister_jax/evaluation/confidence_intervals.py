@@ -76,7 +76,7 @@ class DialogueBootstrap:
             num_dialogues, np.full(num_dialogues, 1 / num_dialogues), size=self.num_resamples
         )
         # Number of times that each resample contains each dialogue, [R, M]. The counts are floats,
-        # because BLAS multiplies only floats.
+        # because NumPy multiplies matrices of floats faster than matrices of integers.
         self._weights = draws.astype(float)
 
     def count(self, cells: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +110,10 @@ class DialogueBootstrap:
         return sums.sum(0), self._weights @ sums
 
     def confusion(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes confusion matrices for predictions, [N] int, -1 for excluded utterances.
+        """Computes confusion matrices on the whole split and on the resamples.
+
+        Args:
+          predicted: Predicted classes, [N] int, -1 for excluded utterances.
 
         Returns:
           Counts on the whole split, [C, C], and on the resamples, [R, C, C].

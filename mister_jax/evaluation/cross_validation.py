@@ -1,7 +1,7 @@
 """Cross-validation: trains and scores one model per fold, and pools the test predictions.
 
-Each fold trains in a subfolder of the work directory and can be resumed. Several folds can train in
-one program. Every utterance is in the test split of exactly one fold.
+Each fold trains in a subfolder of the work directory and can be resumed. Several folds can train at
+the same time. If the folds divide one dataset, each labeled utterance is tested in one fold.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def folds_of_dataset(config: ConfigDict, spec: str) -> list[Variant]:
     """Returns the folds of the config's dataset; `spec` is described in `data.folds.Folds`.
 
     Raises:
-      InputError: The dataset or the column does not exist, the column has too few values, or a
-        split of a fold would have no dialogue.
+      InputError: The dataset or the column in `spec` does not exist, the column has too few values,
+        or a split of a fold would have no dialogue.
     """
     splits = split_list(config.data.get("fold_splits", ""))
     pooled = load_pooled(config.data.name, config.data.data_dir or None, splits)
@@ -91,7 +91,7 @@ def _with_unique_names(folds: list[Variant]) -> list[Variant]:
 
 
 def folds_of_datasets(config: ConfigDict, names: Sequence[str]) -> list[Variant]:
-    """Returns one fold per dataset, with the splits of the dataset, such as EmoBox's folds.
+    """Returns one fold per dataset, such as a fold of EmoBox, with the dataset's splits.
 
     Raises:
       InputError: A dataset does not exist, lacks a split, or is repeated.
@@ -122,16 +122,17 @@ def cross_validate(
     Args:
       folds: Result of `folds_of_dataset` or `folds_of_datasets`.
       workdir: Work directory of the cross-validation, created if it does not exist.
-      models_at_once: Maximum number of models that train at the same time; each seed of a fold is
-        one model. By default, folds train one after another on CPU, and up to 16 models train at
-        the same time on accelerators. The scores do not depend on this number, up to rounding.
+      models_at_once: Maximum number of models, one per seed, that train at the same time; the seeds
+        of a fold always train together. By default, 16 on accelerators; on CPU, folds train one
+        after another. The scores do not depend on this number, up to rounding.
       quiet: Whether to hide progress.
 
     Returns:
       None if SIGTERM interrupted a fold, otherwise a dict with these entries:
 
-      - "folds": For each fold, the name ("fold"), the "members", the number of "utterances", and
-        the mean of each score over the seeds.
+      - "folds": For each fold, the name ("fold"), the values of the column that are in the fold, as
+        text ("members"; empty if the fold is named after its only value), the number of labeled
+        test "utterances", and the mean of each score over the seeds.
       - "mean" and "deviation": Mean and standard deviation of each score over the folds.
       - "pooled": Scores of the test predictions of all folds together. With several seeds, the
         ensemble's predictions are scored.
@@ -167,7 +168,7 @@ def _describe(row: Row) -> str:
 
 
 def _folder_name(name: str) -> str:
-    """Returns a fold's name as a part of a path."""
+    """Replaces characters in a fold's name that may not be safe in a folder's name."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 
@@ -224,7 +225,7 @@ def _test_rows(folds: Sequence[Variant], folders: Sequence[epath.Path]) -> list[
         for row in read_json_lines(folder / "predictions.jsonl")
         if row["split"] == "test" and row["dataset"] == fold.config.data.name
     ]
-    # Unlabeled utterances are context, and may be in several folds.
+    # Test splits also contain other folds' utterances, without labels, as context.
     labeled = [(row["dialogue"], row["utterance"]) for row in rows if row["label"] is not None]
     repeated = len(labeled) - len(set(labeled))
     if repeated:
@@ -237,7 +238,7 @@ def pool_predictions(
 ) -> SplitPredictions:
     """Combines the test predictions of all folds.
 
-    The utterances of one dialogue stay together, even if they are in the test splits of two folds.
+    Utterances of one dialogue get the same `dialogue_index`, even if they are tested in two folds.
 
     Args:
       rows: Rows of `predictions.jsonl`.
@@ -270,7 +271,7 @@ def pool_predictions(
 
 
 def _intervals(predictions: SplitPredictions) -> dict[str, dict[str, float | None]]:
-    """Returns the confidence intervals of the pooled scores, over dialogues."""
+    """Returns the confidence intervals of the pooled scores from a bootstrap over dialogues."""
     scores = DialogueBootstrap(predictions).scores(predictions.predicted)
     return {name: Estimate.from_resamples(*scores[name]).to_json() for name in metrics.SCORE_NAMES}
 

@@ -40,8 +40,8 @@ def missing_modality_lines(
 
     Returns:
       Points for each kind of dropped modality: "speech", "text" and "both". A point contains the
-      share of utterances that lost the modality, and the mean and standard deviation of weighted
-      F1. Points are sorted by share, and kinds without points are left out.
+      rate at which utterances lost the modality (for "both", the larger rate), and the mean and
+      standard deviation of weighted F1. Points are sorted by rate. Empty kinds are omitted.
     """
     lines: dict[str, list[tuple[float, float, float]]] = {"speech": [], "text": [], "both": []}
     for point in study["points"]:
@@ -72,7 +72,7 @@ def plot_missing_modality(study: Mapping[str, Any], path: epath.PathLike) -> Non
 def plot_grouped_bars(
     values: Mapping[str, Mapping[str, tuple[float, float]]], label: str, path: epath.PathLike
 ) -> None:
-    """Plots means and standard deviations by series and group as grouped bars, in a PNG file."""
+    """Plots `values[series][group]`, a mean and a standard deviation, as bars in a PNG file."""
     from matplotlib.figure import Figure
 
     groups = list(next(iter(values.values())))
@@ -135,8 +135,8 @@ def plot_sweep(
 ) -> None:
     """Plots the scores of a sweep as a PNG file.
 
-    One varied field gives a line, or bars if its values are not numbers. Two fields give a heat
-    map. With more fields, the best points are shown as bars.
+    One varied field is shown as a line, or as bars if its values are not numbers. Two varied fields
+    are shown as a heat map. With more varied fields, the best points are shown as bars.
 
     Args:
       axes: Values by field, in the order of the grid.
@@ -240,7 +240,8 @@ def plot_differences(
     for index, (series, values) in enumerate(differences.items()):
         y = np.arange(len(rows)) + (index - (len(differences) - 1) / 2) * step
         centers = np.array([values[row][0] for row in rows])
-        # On a very small split, a difference may be outside of its percentile interval.
+        # On a very small split, a difference may be outside of its percentile interval, but error
+        # bars must not be negative.
         below = [
             max(0, value - (value if low is None else low)) for value, low, _ in values.values()
         ]

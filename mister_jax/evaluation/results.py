@@ -50,13 +50,13 @@ def evaluate(
     """Scores a split and writes `metrics.json`, `predictions.jsonl` and `confusion.png`.
 
     The files contain the results for all evaluated splits. New results replace earlier results for
-    the same split. In `metrics.json`, the test split of a dataset that was not used in training is
-    named "DATASET/test".
+    the same split. In `metrics.json`, a split of a dataset other than the training dataset is named
+    "DATASET/SPLIT".
 
     The first evaluation of a MiSTER-E model fits a temperature on the validation split of the
-    training dataset and writes it to `calibration.json` in the work directory. Predictions and
-    later evaluations read this file. A model that was trained on the validation split is not
-    calibrated.
+    training dataset and writes it to `calibration.json` in the work directory, unless `calibrate`
+    is False. Predictions and later evaluations read this file. A model that was trained on the
+    validation split is not calibrated.
 
     Args:
       workdir: Work directory of a training run.
@@ -67,9 +67,9 @@ def evaluate(
       output: Folder of the files; the work directory by default.
       report: Whether to write `report.html` for this split, with a missing-modality study.
       calibrate: Whether to calibrate the probabilities.
-      fit_calibration: Kind of calibration to fit again: "temperature", or "bias" for a temperature
-        and a bias per class. By default, a calibration is fitted only if the best parameters have
-        no calibration yet.
+      fit_calibration: Kind of calibration to fit: "temperature", or "bias" (one temperature, and a
+        bias per class). It replaces an existing calibration. By default, a temperature is fitted
+        only if the best parameters have no calibration yet.
       adapt_features: Whether to adapt the split's features to the model; see
         `data.adaptation.adapt_features`.
       quiet: Whether to hide progress.
@@ -81,16 +81,15 @@ def evaluate(
       The scores of single seeds are not calibrated.
 
     Raises:
-      InputError: The work directory, the dataset, or existing results in the folder are unusable.
+      InputError: The work directory, the dataset, or existing results in the folder cannot be used,
+        or an option does not apply to the model.
     """
     predictor = Predictor(workdir, data_dir, calibrate=calibrate)
     features = predictor.task.features(split, dataset)
     if isinstance(predictor.task, FusionTask):
         features = adapt_or_warn(features, predictor.task.standardizers, adapt_features)
     elif adapt_features:
-        raise InputError(
-            "adapt_features: needs a model of MiSTER-E; encoders read recordings, not features"
-        )
+        raise InputError("adapt_features: needs a model of MiSTER-E; encoders read no features")
     output = epath.Path(workdir if output is None else output)
     train_dataset = read_config(workdir).data.name
     key = split if features.name == train_dataset else f"{features.name}/{split}"
@@ -103,8 +102,8 @@ def evaluate(
     ]
     if features.score is not None and metrics.positive_class(features.class_names) is None:
         logging.warning(
-            "dataset %s: sentiment is not evaluated, because that needs classes such as negative "
-            "and positive; the classes are %s",
+            "dataset %s: sentiment is not evaluated, because the classes must be, for example, "
+            "negative and positive; the classes are %s",
             features.name,
             ", ".join(features.class_names),
         )
@@ -165,11 +164,7 @@ def _fit_calibration(
 ) -> None:
     """Fits the calibration if `kind` is given, or if a MiSTER-E model has no calibration yet.
 
-    Args:
-      predictor: Predictor of the work directory, whose calibration is replaced.
-      validation: Predictions of each seed for the validation split, if already computed.
-      kind: See `evaluate`.
-      quiet: Whether to hide progress.
+    `validation` contains each seed's predictions for the validation split, if already computed.
     """
     if kind not in (None, "temperature", "bias"):
         raise InputError(f"fit_calibration={kind!r}; allowed: 'temperature', 'bias'")

@@ -17,18 +17,21 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
     """Scores the predictions of the model and of each expert.
 
     Args:
-      features: Features with labels.
+      features: Features of the split.
       predictions: Arrays that a `Predictor` returns.
 
     Returns:
       The result of `metrics.classification_scores` with these additional entries:
 
-      - "confusion", "calibration_error", "brier_score" and "area_under_risk_coverage".
-      - "mean_gate", "experts" and "without_gate" (the mean of the experts' logits), for MiSTER-E.
+      - "confusion" and "calibration_error"; if there are labels, "brier_score" and
+        "area_under_risk_coverage".
+      - For MiSTER-E, "mean_gate" (mean gate weight of each expert), "experts" (scores of each
+        expert) and "without_gate" (score of the mean of the experts' logits).
       - "sentiment", the result of `metrics.binary_sentiment`, if the utterances have scores and the
         classes are negative and positive; see `metrics.positive_class`.
       - "regression", the result of `metrics.regression_scores`, if the model predicts scores.
       - "raters", the result of `metrics.rater_scores`, if the dataset has ratings.
+      - "reference_scores", if the dataset's metadata contains scores of reference classifiers.
     """
     num_classes = len(features.class_names)
     labeled = features.label >= 0

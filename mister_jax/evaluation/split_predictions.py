@@ -22,14 +22,15 @@ class SplitPredictions:
       dataset: Name of the dataset.
       split: Name of the split.
       class_names: Names of the C emotions.
-      dialogue_ids: Ids of the M dialogues, in order of first appearance.
+      dialogue_ids: Ids of the M dialogues.
       dialogue_index: Index of each utterance's dialogue, [N] int.
       utterance_ids: Ids of the utterances, [N] str.
       label: True classes, [N] int, -1 for unlabeled utterances.
       predicted: Predicted classes, [N] int.
       probabilities: Class probabilities, [N, C].
       experts: Names of the E experts; empty if the model has fewer than two experts.
-      votes: Class that each expert predicts, [N, E] int, `NO_VOTE` if its modality is missing.
+      votes: Class that each expert predicts, [N, E] int; `NO_VOTE` if the utterance lacks
+        the expert's modality.
       gate: Gate weights, [N, E]; None if the model does not learn them.
       without_gate: Class predicted by the mean of the experts' logits, [N] int; None if the model
         does not learn gate weights.
@@ -89,8 +90,8 @@ class SplitPredictions:
 def predict_without_gate(predictions: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the class with the largest mean logit over the present experts, [N] int.
 
-    Logits and log-probabilities differ by a constant for each expert, which does not change the
-    class.
+    Log-probabilities are summed. For each expert and utterance, they differ from the logits by a
+    constant, which does not change the class.
     """
     log_p = np.log(np.maximum(predictions["expert_probabilities"], 1e-30))  # N E C
     return np.where(predictions["expert_present"][..., None], log_p, 0).sum(1).argmax(-1)
@@ -113,8 +114,8 @@ def _expert_outputs(
     present = present[:, in_use]
     gate = predictions["gate"][:, in_use]
     votes = np.where(present, predictions["expert_probabilities"][:, in_use].argmax(-1), NO_VOTE)
-    # If the weights depend only on which experts are present, as in an even mixture, they are not
-    # learned.
+    # Unlike an even mixture's weights, learned weights differ between utterances with the same
+    # present experts.
     is_learned = any(
         np.ptp(gate[(present == pattern).all(1)], axis=0).max() > 1e-4
         for pattern in np.unique(present, axis=0)

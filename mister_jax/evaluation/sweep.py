@@ -40,10 +40,10 @@ FILES = ("sweep.json", "sweep.csv", "sweep.png")
 """Files that `run_sweep` writes."""
 
 MAX_POINTS = 1000
-"""Number of points above which a sweep must choose random points."""
+"""Maximum number of points in a sweep. From a larger grid, a sweep must draw random points."""
 
 _ROW_FILE = "sweep_point.json"  # exists in the work directory of each completed point
-# Points that differ in data or seeds cannot be compared.
+# Fields that a sweep cannot vary, because points that differ in data or seeds are not comparable.
 _FIXED = (
     "task",
     "seed",
@@ -163,7 +163,7 @@ def _parse_value(field: str, text: str, kind: type, current: Any) -> Any:
 
 
 def _parse_item(text: str, current: Sequence[Any]) -> Any:
-    """Converts an item of a tuple to the type of the current value's items, if there are any."""
+    """Converts an item to the type of the field's items, or parses it if the field is empty."""
     if current:
         kind = type(current[0])
         return text.strip("'\"") if kind is str else kind(text)
@@ -201,7 +201,8 @@ def grid_points(
       seed: Random seed.
 
     Raises:
-      InputError: There are no axes, an axis is repeated, or the grid has more than `MAX_POINTS`.
+      InputError: There are no axes, an axis is repeated, `num_random` or `seed` is out of range, or
+        the result would have more than `MAX_POINTS` points.
     """
     if not axes:
         raise InputError("--grid is needed, such as --grid=optimizer.learning_rate=1e-4,1e-3")
@@ -310,8 +311,8 @@ def _make_model(config: ConfigDict) -> MisterE:
 def selection_score(config: ConfigDict) -> str:
     """Returns the validation score that ranks the points.
 
-    This is the score used to select the best epoch, or weighted F1 if `select_by` is "loss" or
-    "last".
+    This is the score used to select the best epoch, or weighted F1 if `select_by` is not one of
+    `SCORE_NAMES`.
     """
     name: str = config.train.get("select_by", "weighted_f1")
     return name if name in SCORE_NAMES else "weighted_f1"

@@ -100,11 +100,11 @@ class Study:
 
         Args:
           describe: Function that describes a row's scores for the progress message.
-          on_completed: Function called after each variant.
+          on_completed: Function called after each variant has been scored.
           names: Names of the variants to run; all if empty.
 
         Returns:
-          Whether all variants are complete; False if SIGTERM interrupted the training.
+          Whether all of these variants are complete; False if SIGTERM interrupted the training.
         """
         pending = [
             variant
@@ -177,7 +177,7 @@ class Study:
             print(line, flush=True)
 
     def _read_row(self, variant: Variant) -> Row | None:
-        """Returns a variant's row, or None if it is missing or the training length has changed."""
+        """Returns a variant's row; None if there is no row or the training length has changed."""
         path = self.folder(variant) / self._row_file
         if not path.exists():
             return None

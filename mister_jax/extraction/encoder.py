@@ -77,7 +77,7 @@ class Encoder:
       partitioner: Partitioner of batches and parameters.
       metadata: JSON values that determine the features. `encoder_from_metadata` loads the encoder
         from `kind`, `name` and `options`. The other values detect changes to the encoder's files.
-      encode: Function that encodes a batch of the input to features [B, F] float32 on the devices.
+      encode: Function that computes features [B, F] float32 from a batch of `input_`.
 
     Attributes:
       oom_hint: Advice to the user on how to use less memory.
@@ -152,8 +152,8 @@ def encode_items(
 
     The features of an item that is split into windows are the windows' mean, weighted by length.
     Features are saved in `resume_dir` as they are computed. `compiled_shapes` contains the number
-    of rows and the length in steps of earlier batches. The batches use these shapes where possible,
-    and their other shapes are added.
+    of rows and the length in steps of earlier batches. The new batches use these shapes where
+    possible, and all other shapes of new batches are added to `compiled_shapes`.
 
     Raises:
       InputError: The folder cannot be written, or a batch does not fit in the devices' memory.
@@ -223,7 +223,7 @@ def _plan_part(
     budget: int,
     compiled_shapes: set[tuple[int, int]],
 ) -> list[PlannedBatch]:
-    """Plans batches of windows that are sorted by length, longest first, and adds their shapes."""
+    """Plans batches of windows (longest first), and adds the shapes to `compiled_shapes`."""
     input_ = encoder.input
     plan = list(
         plan_budgeted_batches(

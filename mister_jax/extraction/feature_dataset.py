@@ -97,7 +97,7 @@ def extract_features(
 
 
 def _digest(metadata: dict[str, Any], split: str, utterances: Utterances) -> str:
-    """Returns a hash of everything that a split's features depend on, except for rounding."""
+    """Returns a hash of the encoder's metadata, the budget, and the utterances of a split."""
     digest = hashlib.sha256(json.dumps([metadata, split], sort_keys=True).encode())
     digest.update(json.dumps(utterances.utterance_ids.tolist()).encode())
     for item in utterances.items:
@@ -155,7 +155,8 @@ def export_features(
       name: Name of the feature dataset.
       files: Files to write; existing files are replaced.
       data_dir: Directory of the datasets.
-      times_of: Name of the dialogue dataset that contains the start and end of the utterances.
+      times_of: Name of the dialogue dataset that contains the start and end of the utterances; if
+        empty, the files have no times.
 
     Raises:
       InputError: The dataset does not exist or has no features, or a file cannot be written.

@@ -26,7 +26,9 @@ ENCODER_PARTS = (*_SALMONN_PARTS, "adapter")
 
 
 class TunedEncoder(Encoder):
-    """A fine-tuned encoder with its best parameters; the head's first layer returns the features.
+    """A fine-tuned encoder with its best parameters.
+
+    Features are the output of the head's first linear layer.
 
     Raises:
       InputError: The directory is not the work directory of a fine-tuned encoder, or has no best

@@ -1,4 +1,4 @@
-"""Inference: predictions from a trained work directory, without any training code."""
+"""Inference with trained models: predictions for texts and recordings, timelines and exports."""
 
 from mister_jax.errors import require_extra
 

@@ -34,7 +34,7 @@ def follow(
 
     An input line is an object with the fields of a manifest, such as "text" and "audio". The answer
     has the "dialogue" and "utterance" of the input line, and the prediction. Lines with the same
-    "dialogue" belong to one dialogue. All lines without this field belong to one other dialogue.
+    "dialogue" belong to one dialogue. All lines without this field belong to one separate dialogue.
     The answer to a line that cannot be used is {"error": ..., "line": ...} with the number of the
     line, and the dialogue continues without this line.
 
@@ -45,7 +45,7 @@ def follow(
       max_seconds: Maximum number of seconds to read from each utterance's speech.
       min_confidence: Probability below which predictions are marked as "uncertain".
       max_dialogues: Maximum number of dialogues to keep. When this number is exceeded, the least
-        recently used dialogue is dropped. If a dropped dialogue continues, it starts over.
+        recently used dialogue is dropped. If a dropped dialogue continues, its context is lost.
     """
     streams: OrderedDict[str | None, DialogueStream] = OrderedDict()
     options = {"max_seconds": max_seconds, "min_confidence": min_confidence}

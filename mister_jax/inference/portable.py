@@ -26,9 +26,9 @@ _INPUTS = ("speech", "text", "mask", "speech_present", "text_present")
 _README = """\
 # A MiSTER-E model as a StableHLO program
 
-The program takes the speech and text vectors of a batch of dialogues. It runs on CPU, GPU and TPU
-wherever `jax` and `flatbuffers` are installed. `config.json` has the names of the classes and
-experts, and the shapes of inputs and outputs.
+The program takes the speech and text vectors of a batch of dialogues. It runs on CPU, NVIDIA GPU
+and TPU wherever `jax` and `flatbuffers` are installed. `config.json` has the names of the classes
+and experts, and the shapes of inputs and outputs.
 
 ```python
 import json, pathlib
@@ -40,7 +40,7 @@ program = export.deserialize(pathlib.Path("model.stablehlo").read_bytes())
 batch, length = 1, 3  # any positive numbers
 speech = np.zeros((batch, length, {speech_dim}), np.float32)
 text = np.zeros((batch, length, {text_dim}), np.float32)
-mask = np.ones((batch, length), bool)  # which utterances are no padding, have speech, have text
+mask = np.ones((batch, length), bool)  # no padding; all utterances have speech and text
 output = program.call(speech, text, mask, mask, mask)
 print([config["class_names"][index] for index in output["probabilities"][0].argmax(-1)])
 ```
@@ -86,7 +86,7 @@ def export_program(model: epath.PathLike, output: epath.PathLike) -> None:
 
 
 def _export(predictor: Predictor) -> jax.export.Exported:
-    """Exports the prediction function for batches of any size."""
+    """Exports the prediction function for any number of dialogues of any length."""
     task = predictor.task
     seeds = [nnx.split(model) for model in predictor.models()]
 

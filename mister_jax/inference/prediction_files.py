@@ -52,9 +52,9 @@ def write_predictions(
       path: File to write.
       rows: Prediction rows, one per utterance.
       embed_audio: Whether a web page contains the audio instead of a link to the recording.
-      transcript: Transcript of the recording. If the transcript and the output are both EAF or
-        TextGrid files, the emotion tiers are added to the tiers of the transcript. Other output
-        formats ignore the transcript.
+      transcript: Transcript of the recording. If both the transcript and the output are EAF or
+        TextGrid files, the emotion tiers are added to the transcript's tiers. Otherwise, the
+        transcript is ignored.
       channels: Channels that were predicted; see `find_utterances`. A web page shows and embeds the
         audio of these channels; with "split", the mix of all channels.
 

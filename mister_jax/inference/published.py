@@ -1,7 +1,7 @@
-"""Published emotion classifiers as experts, without training.
+"""Combines published emotion classifiers, without training.
 
-A text model and a speech model classify each utterance separately. For the emotions that both
-models know, their probabilities are averaged.
+A text model and a speech model classify each utterance separately. The prediction is the weighted
+mean of the models' probabilities for the emotions that both models know.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class PublishedModels:
     """A text classifier, a speech classifier, or both; see `EmotionRecognizer.from_models`.
 
     Labels are renamed by `data.labels.EMOTION_SYNONYMS` before they are compared. If several labels
-    of a model have the same name, their probabilities are added. The probabilities of a model with
-    independent labels are divided by their sum.
+    of a model get the same name, their probabilities are added. Each model's probabilities of the
+    shared emotions are divided by their sum.
 
     Args:
       text: Checkpoint for sequence classification, a folder or a name on the Hugging Face Hub; see
@@ -148,7 +148,7 @@ def _load(name: str, modality: str) -> Classifier:
 def _name_emotions(
     labels: Mapping[str, Sequence[str]], models: Mapping[str, str], map_labels: Mapping[str, str]
 ) -> dict[str, list[str]]:
-    """Returns the name of each label of each model."""
+    """Returns the emotion that each label of each model stands for."""
     known = {label for names in labels.values() for label in names}
     unknown = sorted(map_labels.keys() - known)
     if unknown:
@@ -176,8 +176,8 @@ def _shared_emotions(emotions: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     if not shared:
         sets = "; ".join(f"{modality}: {', '.join(it)}" for modality, it in emotions.items())
         raise InputError(
-            f"the models share no emotion ({sets}); name labels alike with --map_labels=LABEL="
-            f"EMOTION, for example {next(iter(EMOTION_SYNONYMS))}"
+            f"the models share no emotion ({sets}); give equivalent labels the same name with "
+            f"--map_labels=LABEL=EMOTION, such as LABEL={next(iter(EMOTION_SYNONYMS))}"
         )
     left_out = sorted({name for it in emotions.values() for name in it} - set(shared))
     if left_out:

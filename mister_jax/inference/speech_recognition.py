@@ -2,7 +2,7 @@
 
 This module provides speech recognition with Whisper, and voice activity detection with Silero.
 
-A recognizer is any function that maps samples to timed segments. Users can plug in other functions:
+A recognizer is any function that maps samples to timed segments:
 
     def recognizer(samples: np.ndarray) -> Sequence[Segment]: ...
 
@@ -36,7 +36,7 @@ SpeechRecognizer = Callable[[np.ndarray], Sequence[Segment]]
 """Function from float32 samples [S] at 16 kHz to segments."""
 
 DEFAULT_MODEL = "small"
-"""Whisper checkpoint that is used if no other one is chosen."""
+"""Whisper checkpoint that is used by default."""
 
 # Settings of Silero's voice activity detector for conversations: a segment ends at a pause of 0.3 s
 # and lasts at most 15 s.
@@ -49,11 +49,11 @@ _VAD_OPTIONS = {
 
 # Maximum length in seconds of the pieces that a recognizer receives, which take 38 MB as float32.
 _PIECE_SECONDS = 600.0
-# Each piece ends at the quietest pause within its last seconds, so that few words are split.
+# A piece ends in the quietest 0.3 s of its last 60 s, so that few words are split.
 _SEARCH_SECONDS, _PAUSE_SECONDS = 60.0, 0.3
 
 # A recording counts as truncated if it ends before this fraction of the length in its header. The
-# length in the header of an MP3 file with a variable bit rate may be an estimate.
+# fraction is below 1, because some headers, such as those of MP3 files, only estimate the length.
 _TRUNCATED_FRACTION = 0.9
 
 
@@ -102,7 +102,7 @@ class WhisperRecognizer:
             self._model = faster_whisper.WhisperModel(
                 os.fspath(model), local_files_only=local_files_only
             )
-        except Exception as error:  # CTranslate2, tokenizers and the Hub raise many types.
+        except Exception as error:  # CTranslate2, tokenizers and the Hub raise many error types.
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
                 f"speech recognizer {os.fspath(model)}: cannot be loaded ({reason}); allowed: a "
@@ -165,7 +165,7 @@ class RecognizedSpeech:
     Attributes:
       segments: Segments, sorted by start time.
       seconds: Length of the recording in seconds.
-      damage: Reason why the recording could not be read to the end, or empty.
+      damage: Why a part of the recording could not be read; empty without damage.
     """
 
     segments: tuple[Segment, ...]
@@ -272,7 +272,7 @@ def load_recognizer(
 
     Raises:
       MissingExtraError: The extra `asr` is not installed.
-      InputError: The named checkpoint cannot be loaded.
+      InputError: The named checkpoint cannot be loaded, or the language is unknown.
     """
     if callable(recognizer):
         return recognizer
@@ -281,7 +281,7 @@ def load_recognizer(
     try:
         return _load_whisper(DEFAULT_MODEL, language)
     except CheckpointError as error:
-        logging.warning("%s; utterances have no text", error)
+        logging.warning("%s; utterances will have no text", error)
         return detect_voice_activity
 
 

@@ -38,7 +38,7 @@ class CheckedUtterance:
 
     Attributes:
       text: Text, empty if it is missing.
-      speech: Request to decode a recording, samples [S] int16 at 16 kHz, or None.
+      speech: Request to decode a recording, samples [S] int16 at 16 kHz, or None without speech.
       notes: Notes for the user on samples that were passed as an array.
     """
 
@@ -62,7 +62,8 @@ def check_utterances(dialogues: Sequence[Sequence[Utterance]]) -> list[CheckedUt
             row, samples = _read_fields(utterance, where)
             rows.append(row)
             samples_and_notes.append(samples)
-    # If several rows share a recording, their times select the segments, so read all rows first.
+    # All rows are read first, because "start" and "end" select a segment only if several rows share
+    # a recording.
     intervals = fields.audio_intervals(rows)
     return [
         _check_utterance(row, samples, interval)

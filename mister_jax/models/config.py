@@ -34,15 +34,14 @@ class MisterEConfig:
         forward direction, with the full hidden size. The convolutions cover only the current and
         past utterances. Attention reaches back `attention_window` utterances. The CRF has only the
         forward pass. False in the released model.
-      context_dim: Size H of the context networks; each direction of the networks' GRUs has size
-        H / 2.
+      context_dim: Size H of the contexts; each direction of a bidirectional GRU has size H / 2.
       kernel_sizes: Odd kernel sizes of the parallel convolutions; empty for no convolutions.
-      gru_layers: Number of bidirectional GRU layers; 0 for no GRU.
+      gru_layers: Number of GRU layers, bidirectional unless `causal` is True; 0 for no GRU.
       fusion_dim: Size F of the cross-modal expert's streams.
       fusion_layers: Number of co-attention layers.
-      fusion_gru_layers: Number of bidirectional GRU layers that the cross-modal expert applies to
-        both streams. Without these layers, the expert ignores the order of the utterances. 0 in the
-        released model.
+      fusion_gru_layers: Number of GRU layers, bidirectional unless `causal` is True, that the
+        cross-modal expert applies to both streams. Without these layers, the expert of a non-causal
+        model ignores the order of the utterances. 0 in the released model.
       attention_dim: Total size of all attention heads.
       attention_heads: Number of attention heads.
       attention_window: Window of causal attention: number of most recent utterances, including the
@@ -53,7 +52,8 @@ class MisterEConfig:
       gate_reads_contexts: Whether the gate reads the contexts of the speech and the text expert in
         addition to the logits of all experts; False in the released model.
       input_dropout: Dropout rate of the input vectors.
-      context_dropout: Dropout rate before each GRU layer and before the context classifiers.
+      context_dropout: Dropout rate after the convolutions, between GRU layers, before the
+        cross-modal expert's GRU, and before the context classifiers.
       attention_dropout: Dropout rate of the attention weights.
       fusion_dropout: Dropout rate of each attention's output.
       classifier_dropout: Dropout rate before the cross-modal expert's classifier.

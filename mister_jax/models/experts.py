@@ -87,8 +87,8 @@ class ContextExpert(nnx.Module):
           rngs: Source of dropout keys.
 
         Returns:
-          Logits [B, T, C] float32, followed by the score if the model predicts one, and context
-          [B, T, H].
+          Logits, [B, T, C] float32, and context, [B, T, H]. If the model predicts a score, the
+          score is appended to the logits, [B, T, C + 1].
         """
         (output,) = apply_context_experts(
             (self,), (x,), mask, deterministic=deterministic, rngs=rngs
@@ -252,7 +252,8 @@ class CrossModalExpert(nnx.Module):
           rngs: Source of dropout keys.
 
         Returns:
-          Logits [B, T, C] float32, speech representation [B, T, F], text representation [B, T, F].
+          Logits as in `ContextExpert`, [B, T, C] float32, speech representation, [B, T, F], and
+          text representation, [B, T, F].
         """
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         speech_stream, text_stream = self.speech_in(speech), self.text_in(text)  # B T F

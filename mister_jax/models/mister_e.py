@@ -35,7 +35,7 @@ class MisterEOutput:
     The contexts and representations of disabled experts have size 0.
 
     Attributes:
-      logits: Class logits of the mixture, [B, T, C] float32.
+      logits: Class logits of the mixture, after the CRF if there is one, [B, T, C] float32.
       expert_logits: Class logits of each expert, [B, T, E, C] float32; zero for disabled experts.
       gate: Expert weights, [B, T, E] float32; they sum to 1 over E and are zero for experts that
         are not present.
@@ -66,8 +66,9 @@ class MisterEOutput:
 
 
 MisterEState = dict[str, Any]
-"""State of a causal `MisterE` between utterances: a tree of arrays by enabled part
-("speech", "text", "fusion", "crf"). Its size does not depend on the number of utterances."""
+"""State of a causal `MisterE` between utterances: a tree of arrays for each enabled part
+("speech", "text", "fusion", "crf"). The size of the state does not depend on the number of
+utterances."""
 
 
 class MisterE(nnx.Module):

@@ -1,4 +1,4 @@
-"""Reusable layers that take masks and do not depend on the rest of the package.
+"""Reusable layers that do not depend on the rest of the package; layers over sequences take masks.
 
 The results for one example do not depend on the other examples in the batch. Sizes are named
 `*_dim`, except in `LoRALinear`, which has the argument names of `nnx.Linear`.

@@ -75,7 +75,9 @@ class ParallelConvolution(nnx.Module):
         )
 
     def initial_state(self, batch_size: int) -> jax.Array:
-        """Returns the state before the first `step`: the inputs of the last steps, [B, S, I].
+        """Returns the state before the first `step`: the inputs of the previous S steps, [B, S, I].
+
+        S is the largest kernel size minus 1.
 
         Raises:
           ValueError: The convolutions are not causal.

@@ -47,7 +47,8 @@ class ConditionalRandomField(nnx.Module):
         """
         unary = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)  # B T C
         if self.causal:
-            # Under `shard_map`, the state must vary over the same axes as the logits.
+            # Under `shard_map`, the scan's state must be marked as different on each device, like
+            # the logits. Adding zeros that are computed from the logits marks it.
             state = self.initial_state(mask.shape[0]) + jnp.zeros_like(unary[:, 0])
             return jax.lax.scan(self.step, state, unary.swapaxes(0, 1))[1].swapaxes(0, 1)
         transition = jax.nn.log_softmax(self.transition[...].astype(jnp.float32))  # C C

@@ -1,6 +1,7 @@
 """Dropout with one key per example.
 
-The mask of an example does not depend on its position in the batch or on the number of devices.
+The mask of an example depends only on its key, not on the other examples or on the number of
+devices.
 
 The keys are ordinary JAX keys, but the mask bits and the next keys are computed by a cheap hash,
 not by Threefry, JAX's default generator. Threefry runs 20 rounds per value, which dropout does not
@@ -144,7 +145,7 @@ def random_mask(
 def random_bits(
     key: jax.Array, shape: tuple[int, ...], padded_shape: tuple[int, ...] | None = None
 ) -> jax.Array:
-    """Hashes every position of an array with its key.
+    """Hashes every position of an array with the position's key.
 
     The bits are random enough for masks, but not for sampling.
 

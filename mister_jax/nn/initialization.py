@@ -1,4 +1,4 @@
-"""Initial parameters: fast creation, and the distribution of the released code of MiSTER-E."""
+"""Creates initial parameters fast, and draws them as the released code of MiSTER-E does."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from mister_jax.nn.rngs import rngs_at
 
 _Result = TypeVar("_Result")
 
-# XLA's code without optimizations computes more values than this in more time than optimizations
-# take.
+# Number of values above which XLA's optimizations save more run time than they cost in
+# compilation.
 _MAX_UNOPTIMIZED = 5_000_000
 
 
 def jit_initialization(function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Like `jax.jit`, for a function that creates parameters and is called only a few times.
+    """Compiles a function that creates parameters and is called only a few times.
 
-    On CPU, XLA's optimizations would take more time than they save.
+    On CPU, most of XLA's optimizations are disabled, because they would take more time than they
+    save.
 
     Args:
       function: Function of arrays, at least one of which is a `jax.Array`. The arguments of all
-        calls have the same shapes, types and devices, and are not traced.
+        calls must have the same shapes, types and devices, and must not be traced.
     """
     compiled = None
 
@@ -45,7 +46,7 @@ def jit_initialization(function: Callable[..., _Result]) -> Callable[..., _Resul
             if all(device.platform == "cpu" for device in next(arrays).devices()):
                 num_values = sum(leaf.size for leaf in jax.tree.leaves(lowered.out_info))
                 options["xla_cpu_use_fusion_emitters"] = False
-                if not jax.config.read("jax_disable_most_optimizations"):  # This would be level 0.
+                if not jax.config.read("jax_disable_most_optimizations"):  # The flag sets level 0.
                     options["xla_backend_optimization_level"] = int(num_values > _MAX_UNOPTIMIZED)
             compiled = lowered.compile(compiler_options=options)
         return compiled(*args)
@@ -60,10 +61,9 @@ def create_in_one_program(make: Callable[[nnx.Rngs], _Result], rngs: nnx.Rngs) -
     as long for `MisterE`. If the keys of `rngs` are traced, `make(rngs)` is called directly.
 
     Args:
-      make: Function that creates modules: a module or a container of modules. It uses no traced
-        arrays except the keys, and gets a copy of `rngs`.
-      rngs: RNGs for parameter initialization. Their counts increase as if `make` was called
-        directly.
+      make: Function that takes a copy of `rngs` and returns a module or a container of modules. It
+        must use no traced arrays except the keys.
+      rngs: RNGs for parameter initialization. Their counts increase as in a direct call of `make`.
     """
     streams = dict(rngs.items())
     keys = {name: stream.key.get_value() for name, stream in streams.items()}
@@ -86,15 +86,15 @@ def create_in_one_program(make: Callable[[nnx.Rngs], _Result], rngs: nnx.Rngs) -
 
 
 def initialize_like_torch(model: nnx.Module, *, rngs: nnx.Rngs) -> None:
-    """Draws the parameters of some layers again, in place.
+    """Draws parameters again, in place, from the distributions of the released code (PyTorch).
 
     The layers are `nnx.Linear`, `ParallelConvolution` and `MultiHeadAttention`. PyTorch draws the
     weights and biases of a linear layer or convolution with N inputs from a uniform distribution
     between -1 / sqrt(N) and 1 / sqrt(N). Flax draws weights with three times this variance, and
     sets biases to 0. `GRU` always has PyTorch's distribution.
 
-    In the released code of MiSTER-E, two linear layers in a row come before and after each
-    attention. A projection of `MultiHeadAttention` gets the distribution of their product.
+    In the released code of MiSTER-E, each projection of an attention is two linear layers in a row.
+    In `MultiHeadAttention`, it is one layer, which gets the distribution of their product.
 
     Args:
       model: Model whose parameters are drawn.
@@ -150,9 +150,9 @@ def _draw_attention(
 ) -> tuple[jax.Array, ...]:
     """Draws the parameters of an attention of width `dim`; see `_initialize_attention`.
 
-    The first or second layer belongs to `torch.nn.MultiheadAttention`, which has no initial biases.
-    The projections of queries, keys and values have the distribution of Glorot and Bengio
-    (AISTATS 2010) for a layer with three outputs per input.
+    One layer of each product belongs to `torch.nn.MultiheadAttention`, whose initial biases are
+    zero. This class projects queries, keys and values with a single layer from `dim` inputs to
+    3 * `dim` outputs, which has the uniform distribution of Glorot and Bengio (AISTATS 2010).
     """
     inner, bound = ((*stack, dim, dim), math.sqrt(6 / (4 * dim))), 1 / math.sqrt(dim)
     draws = []

@@ -4,9 +4,9 @@ The input projections of all steps are one matrix product before the scan, and t
 recurrent kernel is one matrix product after the backward scan. Both directions share one scan.
 Several GRUs of the same shape can also share one scan (`run_grus`).
 
-The gates follow PyTorch and cuDNN, so PyTorch weights can be imported unchanged. The gate order is
-r, z, n. The reset gate is applied after the recurrent product (a variant of arXiv 1406.1078). The
-input product and the recurrent product have separate biases.
+The gates follow PyTorch and cuDNN, so PyTorch weights only need to be transposed and stacked. The
+gate order is r, z, n. The reset gate is applied after the recurrent product (a variant of arXiv
+1406.1078). The input product and the recurrent product have separate biases.
 
 Shape letters: B dialogues, T utterances, I input size, H hidden size, P directions, G recurrences
 in one scan.
@@ -42,10 +42,12 @@ def gru_scan(gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.A
 
 
 def _match_varying_axes(*arrays: jax.Array) -> list[jax.Array]:
-    """Makes all arrays vary over the same `shard_map` axes without changing their values.
+    """Marks all arrays as different on each device if one of them is; their values do not change.
 
-    JAX requires the custom gradient of an array to vary over the same axes as the array. Here,
-    every gradient varies with the batch, even for a parameter that is equal on all devices.
+    Under `shard_map`, JAX tracks whether an array differs between devices, and requires the same of
+    an argument and its gradient. Each device computes a different gradient of the kernel from its
+    part of the batch, but the kernel is the same on all devices. Adding a zero that is computed
+    from all arrays marks the kernel as different.
     """
     zeros = (jnp.zeros_like(array, jnp.float32).sum() for array in arrays)
     zero = sum(zeros, start=jnp.zeros((), jnp.float32))
@@ -213,7 +215,7 @@ class GRULayer(nnx.Module):
         """Computes the next step of the forward direction.
 
         Args:
-          state: State after the last step, [B, H] float32.
+          state: State after the previous step, [B, H] float32.
           x: Input of this step, [B, I].
           dtype: Dtype of the matrix products.
 
@@ -353,7 +355,8 @@ def run_grus(
       Outputs of each GRU, [B, T, P * H]; zero where the mask is False.
 
     Raises:
-      ValueError: The GRUs differ in more than their input size, or an input is missing.
+      ValueError: The GRUs differ in depth, directions or hidden size, or there is not one input per
+        GRU.
     """
     shapes = {tuple(layer.recurrent_kernel.shape for layer in gru.layers) for gru in grus}
     if len(shapes) != 1 or len(grus) != len(inputs):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-# Number of keys that one operation computes.
+# Number of keys that are computed at once.
 _BLOCK_SIZE = 64
 
 
@@ -42,8 +42,8 @@ class _RngStream(nnx.RngStream):
     def __call__(self) -> jax.Array:
         stream_key, count = self.key.get_value(), self.count.get_value()
         # `self.count[...] += 1` would ask a traced counter for its sharding. JAX answers with an
-        # exception, which Flax catches. Its message lists the operations that compute the counter,
-        # so creating it is slow.
+        # exception, which Flax catches. The exception's message lists the operations that compute
+        # the counter, so creating the message is slow.
         self.count.set_raw_value(count + np.uint32(1))
         if stream_key.shape or isinstance(count, jax.core.Tracer):
             return jax.random.fold_in(stream_key, count)
@@ -78,7 +78,7 @@ def make_rngs(key: jax.Array | int) -> nnx.Rngs:
 
 
 def rngs_at(keys: Mapping[str, jax.Array], counts: Mapping[str, Any]) -> nnx.Rngs:
-    """Returns RNGs like those of `make_rngs`, with several streams that have returned some keys.
+    """Returns RNGs like those of `make_rngs`, with the given streams and counts.
 
     Args:
       keys: Key of each stream.

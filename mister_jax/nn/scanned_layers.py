@@ -61,8 +61,8 @@ class ScannedLayers(nnx.Module):
         `layer(x, *inputs, deterministic=..., rngs=...)` and returns an array like x.
       num_layers: Number of layers L, at least 1.
       remat: Activations that the backward pass recomputes: "none"; "full", all activations; "dots",
-        all except the results of matrix products with parameters; "mlp", all except the activations
-        that the layer names `SAVED_WITH_MLP`: the wide activations of a decoder's MLP.
+        all except the results of matrix products with parameters; "mlp", all except those that
+        the layer marks with the name `SAVED_WITH_MLP` (the wide activations of a decoder's MLP).
       rngs: RNGs for parameter initialization.
 
     Raises:

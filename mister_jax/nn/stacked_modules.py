@@ -24,8 +24,8 @@ class StackedModules(nnx.Module):
 
     Args:
       make_module: Function that creates one module from its `rngs`. The module is called as
-        `module(*inputs, deterministic=..., rngs=...)`. The methods for steps call the module's
-        `initial_state(batch_size)` and `step(state, *inputs)`.
+        `module(*inputs, deterministic=..., rngs=...)`. `StackedModules.initial_state` and
+        `StackedModules.step` call the module's methods with the same names.
       num_modules: Number of modules M.
       rngs: RNGs for parameter initialization.
     """

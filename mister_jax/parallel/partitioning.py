@@ -2,7 +2,7 @@
 
 A step is a pure function `step(state, batch, axis_name)`. Under `jit`, the batch is one global
 array and `axis_name` is None. Under `pmap`, each device runs the step on its rows, and `axis_name`
-is the axis to sum over. Both backends give the same results.
+is the axis to sum over. Both backends give the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def fast_compiler_options(platform: str) -> dict[str, Any]:
     # longer. Prediction with MiSTER-E takes the same time with these options, as does extraction
     # with prosody, MiniLM, Whisper and WavLM.
     options: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False}
-    if not jax.config.read("jax_disable_most_optimizations"):  # This would be level 0.
+    if not jax.config.read("jax_disable_most_optimizations"):  # This flag sets level 0.
         options["xla_backend_optimization_level"] = 1
     return options
 
@@ -128,7 +128,7 @@ class Partitioner(Protocol):
         """Number of shards of a global batch, which must divide the number of rows."""
 
     def put_state(self, state: State) -> State:
-        """Replicates or shards a state, given as a single copy, over the devices."""
+        """Takes a single copy of a state, and replicates or shards it over the devices."""
 
     def put_batch(self, batch: Batch) -> Batch:
         """Places this process's rows of a global batch on the devices of this process."""
@@ -147,7 +147,7 @@ class Partitioner(Protocol):
     def compile_eval(self, function: EvalFn) -> CompiledStep:
         """Returns a function that evaluates a batch on all devices without changing the state.
 
-        With `jit`, it is compiled with `fast_compiler_options`.
+        With `jit`, the function is compiled with `fast_compiler_options`.
 
         Args:
           function: Function of `(state, batch, axis_name)`.
@@ -327,7 +327,7 @@ def make_partitioner(config: ParallelConfig, rules: ShardingRules = ()) -> Parti
 
 
 def first_row_index(batch_size: int, axis_name: str | None) -> jax.Array | int:
-    """Returns the global index of this device's first row; `batch_size` is its number of rows."""
+    """Returns the global index of this device's first row, given the number of rows per device."""
     return 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch_size
 
 

@@ -1,7 +1,8 @@
 """Device mesh, and sharding rules for parameters on TPUs and GPUs.
 
-The mesh has two axes. The rows of a batch are split over "data". The parameters are split over
-"model" and, for the large encoders, also over "data" (fully sharded data parallelism).
+The mesh has two axes. The rows of a batch are split over "data". The embeddings and the layers'
+kernels of the encoders are split over "model" (tensor parallelism) and "data" (fully sharded data
+parallelism). All other parameters are replicated.
 """
 
 from __future__ import annotations

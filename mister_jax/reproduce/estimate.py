@@ -1,10 +1,10 @@
 """Estimates run time and memory of a reproduction without the corpus, the encoders or the devices.
 
-A training step takes the longest of these times: its matrix products at the device's utilization,
-the transfer of the sharded weights between devices, reading the weights from memory, and launching
-the programs. The paper's batches are small, with 2 to 16 utterances of a few seconds. On several
-devices, the transfers therefore often determine the step time of LLMs. Start-up, downloads and
-compilation are not counted.
+The estimate of a training step is the longest of these times: its matrix products at a recorded or
+assumed utilization, the transfer of the sharded weights between devices, reading the weights from
+memory, and launching the programs. The paper's batches have only 2 to 16 utterances of a few
+seconds, so on several devices, the transfers often determine the step time of LLMs. Start-up,
+downloads and compilation are not counted.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ _RECORDED = {
 }
 # Assumed utilization of programs that were not analyzed, by dtype.
 _ASSUMED_UTILIZATION = {"bfloat16": 0.35, "float32": 0.15}
-# Ratio of all computed positions to valid positions, because batches are padded.
+# Ratio of all positions (tokens or audio frames) in a padded batch to positions without padding.
 _PADDING = 1.3
 # XLA's estimate for v5e of the seconds that a step of MiSTER-E takes at the released sizes with one
 # seed.
@@ -137,8 +137,8 @@ class Part:
       hidden_size: Size of a layer's output.
       num_heads: Number of attention heads.
       weights: Number of parameters in the layers.
-      positions: Mean number of positions in an utterance.
-      max_positions: Number of positions in the longest utterance.
+      positions: Mean number of positions (tokens or audio frames) per utterance.
+      max_positions: Number of positions of the longest utterance.
       training: Training mode of the transformer: "full", "lora" or "frozen".
       extra_flops: FLOPs per utterance outside of the layers.
     """
@@ -184,8 +184,8 @@ class Estimate:
     Attributes:
       stage: Name of the stage.
       command: Command of the stage.
-      hours: Predicted run time in hours; None without a prediction.
-      memory: Bytes per chip; None for stages with small models.
+      hours: Predicted run time in hours.
+      memory: Bytes per chip; None for stages that run no encoder.
       basis: Short text on the assumptions behind the prediction.
     """
 
@@ -213,7 +213,7 @@ def corpus_size(settings: Settings) -> CorpusSize:
 
 
 def encoder_parts(encoder: Encoder, modality: str, corpus: CorpusSize) -> list[Part]:
-    """Returns the transformers of an encoder, from its folder or the sizes of its release.
+    """Returns the transformers of an encoder, with the sizes in its folder or of its release.
 
     Raises:
       InputError: The sizes are unknown.
@@ -245,7 +245,7 @@ def encoder_parts(encoder: Encoder, modality: str, corpus: CorpusSize) -> list[P
 
 
 def _encoder_config(encoder: Encoder) -> Any:
-    """Returns the config of an encoder, from its folder or its class."""
+    """Returns the config in an encoder's folder, or the config of its release."""
     folder = pathlib.Path(encoder.name)
     if not encoder.is_default and (folder / "config.json").exists():
         values = hf_config.read_config(folder)

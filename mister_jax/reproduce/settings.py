@@ -19,13 +19,13 @@ SALMONN_PARTS = ("whisper", "beats", "vicuna")
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Encoders of the paper in one size.
+    """A text encoder and a speech encoder of similar size.
 
     Attributes:
       text_encoder: Key of `configs.text_encoder.ENCODERS`.
       speech_encoder: Key of `configs.speech_encoder.ENCODERS`.
-      speech_options: Fields of the config that keep the speech encoder's training in the memory of
-        one GPU. They do not affect the trained parameters.
+      speech_options: Changed config fields, so that training the speech encoder fits in the memory
+        of one GPU. These fields do not affect the trained parameters.
     """
 
     text_encoder: str
@@ -70,7 +70,9 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a reproduction, which must not change when the reproduction resumes.
+    """Settings of a reproduction.
+
+    When the reproduction resumes, only `source`, `workdir`, `data_dir` and `partial` may change.
 
     Attributes:
       corpus: One of `CORPORA`.
@@ -174,8 +176,8 @@ class Settings:
     def accumulation(self, batch_size: int) -> int:
         """Returns the number of gradient accumulation steps for the speech encoder.
 
-        Rows are filled up to a multiple of devices times accumulation, so a value that is too large
-        wastes time.
+        Batches are padded to a multiple of the number of devices times the number of steps, so too
+        many steps waste time on padding.
         """
         one_device = SPEECH_ACCUMULATION.get(self.speech.recipe, 1)
         rows_per_device = -(-batch_size // max(self.num_devices, 1))

@@ -13,7 +13,7 @@ from mister_jax.io import read_json
 from mister_jax.reproduce.settings import PRESETS, Settings
 
 RECIPES: Mapping[str, str] = {"paper": ",paper", "default": ""}
-"""Maps each recipe of MiSTER-E to its variants of `configs.fusion`."""
+"""Maps each recipe of MiSTER-E to its variants of `configs.fusion`, with a leading comma."""
 
 SPLITS = ("validation", "test")
 
@@ -107,7 +107,7 @@ def make_stages(settings: Settings) -> list[Stage]:
 
 
 def _fusion_stages(settings: Settings, recipe: str, config: str) -> list[Stage]:
-    """Returns the stages that train and score MiSTER-E and its single experts with one recipe."""
+    """Returns the stages for one recipe: MiSTER-E, and a separate model for each expert."""
     folder, experts = fusion_folder(settings, recipe), experts_folder(settings, recipe)
     flags = (
         f"--config={config}",
@@ -147,7 +147,7 @@ def fusion_folder(settings: Settings, recipe: str) -> pathlib.Path:
 
 
 def experts_folder(settings: Settings, recipe: str) -> pathlib.Path:
-    """Returns the folder of the single experts for a recipe."""
+    """Returns the folder for the models of a recipe that have only one expert each."""
     return pathlib.Path(settings.workdir, f"{recipe}_experts")
 
 
@@ -208,7 +208,8 @@ def _make_features_check(
 ) -> Callable[[], bool]:
     """Returns a function that checks whether a feature dataset exists.
 
-    The function raises InputError if other encoders than those in `workdirs` extracted the dataset.
+    The returned function raises InputError if the dataset was not extracted with the encoders in
+    `workdirs`.
     """
 
     def is_done() -> bool:

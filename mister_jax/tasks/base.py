@@ -102,7 +102,7 @@ class Task(Protocol):
       predicts_score: Whether the model predicts a score for each utterance in addition to its
         class.
       notes: Messages to the user about choices made from the data.
-      oom_hint: Config fields that reduce memory use in training.
+      oom_hint: Suggestion for reducing the memory use of training, as a noun phrase.
     """
 
     class_names: tuple[str, ...]
@@ -153,7 +153,7 @@ class Task(Protocol):
         """Returns this device's share of the batch's loss and of each loss term."""
 
     def eval_sums(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Returns this device's share of `classification_sums` for a batch.
+        """Returns `classification_sums` over this device's rows of a batch.
 
         A task that predicts scores adds "score_error", the summed absolute error, and "scored", the
         number of utterances with a score.

@@ -65,7 +65,7 @@ def config_seeds(config: ConfigDict) -> tuple[int, ...]:
     These are `config.num_seeds` consecutive seeds, starting at `config.seed`. Their models differ
     in initial parameters and dropout but share the batch order, which depends on
     `config.data.seed` (by default `config.seed`). Training one of the seeds alone with the same
-    `config.data.seed` gives the same parameters.
+    `config.data.seed` gives the same parameters up to rounding.
 
     Raises:
       InputError: The number of seeds is below 1, or above 1 for a task that supports only one.

@@ -137,7 +137,7 @@ class EncoderTask:
         except ValueError as error:
             raise InputError(f"config.encoder ({self.options.name}): {error}") from error
 
-    # Each modality's subclass implements these methods.
+    # The subclass for each modality implements or overrides these methods.
 
     @classmethod
     def read_backbone_config(cls, options: Any) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class EncoderTask:
         raise NotImplementedError
 
     def augment(self, batch: Batch, keys: jax.Array) -> Batch:
-        """Applies random augmentation to the batch; `keys`, [B], has one key per utterance."""
+        """Augments the batch, by default not at all; `keys`, [B], has one key per utterance."""
         return batch
 
     def features(self, split: str, name: str | None = None) -> Any:
@@ -250,7 +250,8 @@ class EncoderTask:
             self._data.batch_size,
             self._data.num_buckets,
             multiple_of=num_shards * self._accumulation,
-            # Training must have the same number of steps on any number of devices.
+            # In training, plan the buckets for one device, so that the number of steps does not
+            # depend on the number of devices.
             fitted_to=self._accumulation * (1 if shuffle else num_shards),
             weights=weights if shuffle else None,
         )

@@ -70,10 +70,12 @@ class SpeechEncoderOptions(EncoderOptions):
             raise ValueError(f"tower {self.tower!r}; allowed: {', '.join(TOWERS)}")
         if self.tower == "full" and self.quantize:
             raise ValueError("tower=full trains the kernels and quantize freezes them; choose one")
-        # SALMONN's LoRA is part of its checkpoint, and its Whisper is in a separate file.
+        # SALMONN's checkpoint has LoRA weights for the language model, which `full` would not use,
+        # and no LoRA weights for the tower.
         if self.files.is_salmonn and (self.full or self.tower == "lora"):
             raise ValueError(
-                "SALMONN does not support full=True or tower=lora; allowed: tower=frozen, full"
+                "SALMONN does not support full=True or tower=lora; allowed: tower=frozen or "
+                "tower=full"
             )
 
     def check_seconds(self, backbone: Any = None) -> None:

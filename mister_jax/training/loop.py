@@ -130,7 +130,7 @@ def train_group(
       on_save: See `train`.
 
     Returns:
-      Progress of each run. After SIGTERM, some are not finished.
+      Progress of each run. After SIGTERM, some runs may be unfinished.
 
     Raises:
       InputError: See `train`.
@@ -182,7 +182,8 @@ def train_group(
         state = multi_seed.join_runs([run_state] * len(runs), len(seeds))
         if shared is not None:
             state = {**state, "constants": shared.constants(runs, len(seeds))}
-        # All groups of runs that share steps must choose the same program.
+        # Groups that share steps all use the number of steps of the longest run, so that they make
+        # the same choice.
         num_steps = first.total_steps if shared is None else shared.num_steps
         is_short = is_short_training(
             optax.tree.size((state["params"], state["frozen"])),
@@ -312,7 +313,7 @@ class _Best:
 
     Attributes:
       step: Number of completed steps at the last improvement.
-      params: Parameter tree; on the host if it is kept after the epoch.
+      params: Parameter tree; on the host if the end of the epoch does not save it.
       values: Validation scores and epochs by name; with several seeds, they are arrays [S].
     """
 
@@ -406,7 +407,7 @@ class _TrainingLoop:
         return all(run.progress.finished for run in self.runs)
 
     def _step(self) -> int:
-        """Returns the number of completed steps of the longest run."""
+        """Returns the number of completed steps; `_max_steps` when all runs have finished."""
         return self._max_steps() - self._longest().steps_left
 
     def _max_steps(self) -> int:
@@ -556,7 +557,7 @@ class _TrainingLoop:
                 if len(run.pending_metrics) == options.log_every or run.is_epoch_complete or save:
                     self._write_metrics(index)
                     self._print_expected_time(reporter)
-                # After the epoch's last step, `run` validates and saves.
+                # After the epoch's last step, `_validate` saves.
                 if save and not run.is_epoch_complete:
                     to_save.append(index)
             if to_save:
@@ -605,9 +606,9 @@ class _TrainingLoop:
     def _print_expected_time(self, reporter: ProgressReporter) -> None:
         """Prints the expected time once, after some steps have been measured.
 
-        Call this method only after metrics have been read. Reading metrics waits until the devices
-        have finished the steps.
-        The first steps are not measured: other programs may still be compiling.
+        Call this method only after metrics have been read, because reading metrics waits until the
+        devices have finished the steps. The steps before the first call are not measured, because
+        other programs may still be compiling.
         """
         if self.has_printed_time:
             return
@@ -711,7 +712,7 @@ class _TrainingLoop:
                 previous = best.params, best.values
             else:
                 previous = run.checkpoints.restore(BEST, params)
-            # Every seed improves in the first epoch, so a later epoch needs a best checkpoint.
+            # Every seed improves in the first epoch, so later epochs have a best checkpoint.
             if previous is None:
                 raise InputError(
                     f"{run.plan.workdir}: the best checkpoint is missing; training cannot resume "
@@ -805,7 +806,7 @@ def _background_executor() -> Iterator[concurrent.futures.Executor]:
 
 @contextlib.contextmanager
 def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM sets, if the job has a single process."""
+    """Yields an event that SIGTERM sets if this is the main thread of a single-process job."""
     event = threading.Event()
     # With several processes, JAX handles SIGTERM. A handler here would replace JAX's handler.
     is_single_process = jax.process_count() == 1

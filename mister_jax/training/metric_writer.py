@@ -40,7 +40,7 @@ class MetricWriter:
             return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
-        if self._tensorboard is None:  # Only now, because importing TensorFlow takes seconds.
+        if self._tensorboard is None:  # Not in __init__: importing TensorFlow takes seconds.
             self._tensorboard = _tensorboard_writer(self._path.parent, self._first_step)
         values = [
             tf.compat.v1.Summary.Value(tag=name, simple_value=value)
@@ -70,7 +70,7 @@ def _step_of_line(line: str) -> float:
 
 
 def _tensorboard_writer(workdir: epath.PathLike, first_step: int) -> Any:
-    """Returns a writer that makes TensorBoard hide older events at `first_step` and later steps.
+    """Returns a writer; TensorBoard hides the events of older files from `first_step` on.
 
     This TensorFlow API does not need the `tensorboard` package, and it can write to cloud buckets
     without further packages.

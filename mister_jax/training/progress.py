@@ -11,7 +11,7 @@ import numpy as np
 from mister_jax import metrics
 from mister_jax.config_checks import check_at_least, check_choice
 
-# Values of `TrainConfig.select_by` that are not scores.
+# Values of `TrainConfig.select_by` that are not in `metrics.SCORE_NAMES`.
 LOSS, LAST, MAE = "loss", "last", "mae"
 # Maps values of `TrainConfig.select_by` to validation values for which lower is better.
 _ERRORS = {LOSS: "cross_entropy", MAE: "mae"}
@@ -23,8 +23,9 @@ class TrainConfig:
 
     Attributes:
       epochs: Number of passes over the training split.
-      patience: Number of epochs without improvement of the validation score after which a seed
-        stops early; 0 disables early stopping. Training ends when all seeds have stopped.
+      patience: Number of epochs without improvement of the validation score after which the
+        training of a seed stops; 0 disables early stopping. The run ends when all seeds have
+        stopped.
       select_by: Validation score that determines the best epoch: one of `metrics.SCORE_NAMES`,
         "loss" for the lowest cross-entropy, or "mae" for the lowest mean absolute error of a model
         that predicts scores. With "last", the last epoch is used, and validation scores are only
@@ -35,8 +36,8 @@ class TrainConfig:
       log_every: Number of steps between records of the training loss.
       save_every: Number of steps between checkpoints, in addition to those at the ends of epochs; 0
         for none.
-      min_save_seconds: Minimum number of seconds after the previous checkpoint, or after the start,
-        before the end of an epoch is saved, because saving can take longer than an epoch. A killed
+      min_save_seconds: An epoch is saved at its end only if the previous checkpoint, or the start,
+        is at least this many seconds ago, because saving can take longer than an epoch. A killed
         run repeats the epochs that have not been saved. 0 saves every epoch. The last epoch and the
         state at SIGTERM are always saved. With several processes, whose clocks differ, every epoch
         is saved.
@@ -61,14 +62,14 @@ class TrainConfig:
             raise ValueError("patience needs a select_by other than 'last'; allowed: patience=0")
 
     def selection_scores(self, values: Mapping[str, Any]) -> np.ndarray:
-        """Returns the validation score that determines the best epoch, [S]; higher is better.
+        """Returns each seed's score for the choice of the best epoch, [S]; higher is better.
 
         Args:
-          values: Validation scores and "cross_entropy" by name, [S] or a number.
+          values: Validation scores and "cross_entropy" by name: [S] each, or numbers for one seed.
         """
         if self.select_by in _ERRORS:
             return -np.atleast_1d(values[_ERRORS[self.select_by]])
-        if self.select_by == LAST:  # A tie goes to the later epoch.
+        if self.select_by == LAST:  # Of equal scores, `complete_epoch` prefers the later.
             return np.zeros(np.atleast_1d(values["cross_entropy"]).shape)
         return np.atleast_1d(values[self.select_by])
 
@@ -115,7 +116,7 @@ class TrainProgress:
 
         Args:
           scores: Validation score per seed, [S]; higher is better.
-          options: Number of epochs and patience.
+          options: Training options, which include the number of epochs and the patience.
         """
         active = self.active_seeds(options.patience)
         self.epoch += 1

@@ -38,7 +38,7 @@ class SupportsEval(Protocol):
     """Part of the task interface that the evaluation step needs."""
 
     def eval_sums(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Returns this device's share of the sums over a batch from which scores are computed."""
+        """Returns sums over this device's rows of a batch, from which scores are computed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,9 @@ def initial_state(
       seed: Seed or key for all randomness in training.
       trainable: NNX filter for the trained parameters.
       make_model: Function that creates the model from a key; by default the task's `init`.
-      as_vectors: Whether to store the trained parameters as `ParamVectors`. Steps of small models
-        then compile faster, but sharding rules cannot apply, because rules match parameter names.
+      as_vectors: Whether to store the trained parameters as vectors; see `ParamVectors`. Steps of
+        small models then compile faster, but sharding rules cannot apply, because rules match
+        parameter names.
     """
     key = jax.random.key(seed) if isinstance(seed, int) else seed
     init_key, train_key = jax.random.split(key)

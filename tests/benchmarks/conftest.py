@@ -15,7 +15,7 @@ def tiny_preset(monkeypatch, tiny_config):
     """Adds the preset "tiny" and the lengths "few"; every candidate runs once per round."""
 
     def tiny(**changes):
-        # Most of the compile time would be spent on random bits for dropout.
+        # The random bits of dropout would take most of the compile time.
         return dataclasses.replace(
             tiny_config, attention_dropout=0.0, fusion_dropout=0.0, **changes
         )

@@ -1,4 +1,4 @@
-"""Programs compile for TPUs that this machine does not have, and the predictions are consistent."""
+"""Steps are compiled for absent TPUs, and their predicted times and sizes are consistent."""
 
 import importlib.util
 

@@ -76,7 +76,7 @@ def test_no_layer_moves_rows_between_devices(model_parallelism):
     batch = encoders.abstract_batch(tuning, num_rows)
     compiled = program.function.lower(*aot.shard_shapes(partitioner, state, batch)).compile()
     shapes = re.findall(r"= (.*) all-(?:gather|reduce|to-all)(?:-start)?\(", compiled.as_text())
-    assert any(f",{MLP_DIM // model_parallelism}]" in shape for shape in shapes)  # kernels
+    assert any(f",{MLP_DIM // model_parallelism}]" in shape for shape in shapes)  # MLP kernels
     assert not any(f"[{num_rows},{length},{HIDDEN_SIZE}]" in shape for shape in shapes)
 
 

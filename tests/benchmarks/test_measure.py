@@ -1,4 +1,4 @@
-"""Candidates are timed in turns, on dialogues that resemble a corpus."""
+"""Candidates are timed in alternation, and synthetic dialogue lengths resemble a corpus."""
 
 import numpy as np
 

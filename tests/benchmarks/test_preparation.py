@@ -1,4 +1,4 @@
-"""The benchmark of preparation runs the command on two corpora and compares them."""
+"""The preparation benchmark runs `launch.prepare` on two corpora and compares the results."""
 
 import pytest
 

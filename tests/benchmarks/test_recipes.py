@@ -73,7 +73,7 @@ def test_compares_recipes_on_all_dialogues_but_those_of_the_test_split(
     }
     assert predicted == expected
     assert "2 recipes tried: two, text." in (tmp_path / "recipes.md").read_text()
-    # A repeated command reads the trained folds.
+    # A repeated comparison reuses the trained folds.
     monkeypatch.setattr("mister_jax.evaluation.variants.train_group", None)
     assert compare_recipes([SET], [baseline, other], tmp_path, **options) == result
 

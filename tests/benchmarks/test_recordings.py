@@ -1,4 +1,4 @@
-"""The benchmark of a recording measures both sources of utterances and their overlap with speech.
+"""The recording benchmark: transcripts, voice activity detection, and their overlap with speech.
 
 Each row of the benchmark starts a process, so only a few tests run measurements.
 """
@@ -25,7 +25,7 @@ def speech():
 
 @pytest.fixture(scope="module")
 def model(speech, tmp_path_factory):
-    """A work directory of an untrained model that reads speech alone."""
+    """A work directory of an untrained model that reads only speech."""
     root = tmp_path_factory.mktemp("speech")
     encode_wav(root / "a.wav", speech)
     rows = [

@@ -1,4 +1,4 @@
-"""The benchmark of a whole training run: both commands run, and PyTorch trains the same model."""
+"""The training benchmark times whole runs, and its PyTorch model equals `MisterE`."""
 
 import dataclasses
 import types
@@ -110,7 +110,7 @@ def torch_weights(model):
 
 
 def linear_weights(name, kind, value):
-    """Returns the weights of a linear layer, or of an attention's parts, by their PyTorch names."""
+    """Returns a parameter under its PyTorch name; `key_value` is split into key and value."""
     if kind == "value_bias":
         return {f"{name}.value.bias".lstrip("."): value}
     if name.endswith("key_value"):

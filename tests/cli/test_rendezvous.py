@@ -13,9 +13,9 @@ from tests.helpers.ports import free_port
 
 
 def errors_of(*processes):
-    """Runs processes, each (process_id, num_processes), and returns the error of each, "" for none.
+    """Runs processes, given as (process_id, num_processes), and returns the error of each, or "".
 
-    Process 0 starts last, so its deadline is also the last one.
+    Process 0 starts last, so its deadline is also the latest.
     """
     port = free_port()
 

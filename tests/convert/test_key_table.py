@@ -18,7 +18,7 @@ RULES = NameRules(
 
 
 def split(names, rules=RULES, expected=("norm.weight", "out.weight"), root=""):
-    """Returns the prefix and the names of the parts of a checkpoint with these tensors."""
+    """Splits a checkpoint with the named tensors; returns its prefix and the names in each part."""
     checkpoint = Checkpoint("model.safetensors", {name: np.zeros(2) for name in names})
     parts = split_checkpoint(checkpoint, rules, expected, root=root)
     return parts.prefix, sorted(parts.backbone), sorted(parts.unused), sorted(parts.head)

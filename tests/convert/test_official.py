@@ -22,7 +22,7 @@ LOSSES = {
     "contrastive": "supcon",
     "agreement": "kl",
 }
-# Block and its index in the stack -> official attention, output projection and LayerNorm.
+# Block, index in the stack -> official names of the attention, output projection and LayerNorm.
 BLOCKS = {
     ("cross_attention", 0): ("aud", "audio", "a"),
     ("cross_attention", 1): ("asr", "text", "t"),
@@ -32,7 +32,7 @@ BLOCKS = {
 
 
 def output_and_losses(model, speech, text, mask, label):
-    """Returns the output and the losses by part."""
+    """Returns the output and a dict of the loss terms and their total."""
     output = model(speech, text, mask)
     total, parts = losses.mister_e(output, label, mask)
     return output, {**parts, "total": total}
@@ -43,7 +43,7 @@ compiled_output_and_losses = nnx.jit(output_and_losses)
 
 @nnx.jit
 def losses_and_gradients(model, *batch):
-    """Returns the output, the losses by part, and the gradients of the total."""
+    """Returns the output, a dict of the loss terms, and the gradients of the total."""
 
     def total_loss(model):
         output, parts = output_and_losses(model, *batch)
@@ -111,10 +111,10 @@ def assert_losses_equal(parts, expected):
 
 
 def official_gradients(gradients, weights):
-    """Returns the gradients under official names, where there is a counterpart.
+    """Returns the gradients under the names of the official parameters.
 
-    An output projection is the product of two official projections, kernel^T = fc out_proj and
-    bias = fc out_proj.bias + fc.bias. The chain rule gives the gradients of both projections.
+    An output projection is the product of two official projections: kernel^T = fc @ out_proj and
+    bias = fc @ out_proj.bias + fc.bias. The chain rule gives the gradients of both projections.
     """
     gradients_by_name = {}
 

@@ -184,12 +184,12 @@ def test_host_memory_stays_below_twice_the_largest_tensor(
         sharding = None if spec is None else NamedSharding(data_mesh(4), spec)
         return load_params(module, table, Checkpoint.open(tmp_path), shardings=sharding)
 
-    load()  # The first call also allocates compiled programs and imports.
+    load()  # The first call also allocates memory for imports and compiled programs.
     tracemalloc.start()
     module = load()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # The result is in JAX's memory, which tracemalloc does not trace, or it is the only copy.
+    # At most one copy of the result is traced. The memory of JAX is not traced.
     assert peak < 1.2 * 1024 * 512 * max(file_dtype.itemsize, param_dtype.itemsize)
     for layer, kernel in enumerate(np.asarray(module.kernel[...]).reshape(-1, *shape[-2:])):
         assert (kernel == layer + 1).all()

@@ -68,7 +68,7 @@ def golden():
 
 @pytest.fixture
 def write(tmp_path, golden):
-    """Writes an adapter with changed options and tensors, and returns its folder."""
+    """Returns a function that writes an adapter with changed options and returns its folder."""
 
     def write(tensors=None, **changes):
         tensors = golden.group("lora/") if tensors is None else tensors
@@ -85,7 +85,7 @@ def renamed(tensors, old, new):
 
 @nnx.jit
 def last_and_gradients(decoder, inputs):
-    """Returns the last hidden state and the gradients of the total in `make_decoder.py`."""
+    """Returns the last hidden state and gradients, as `make_decoder.last_and_gradients` does."""
     mask = inputs["attention_mask"]
 
     def total(decoder):
@@ -98,7 +98,7 @@ def last_and_gradients(decoder, inputs):
 
 
 def to_peft_names(gradients):
-    """Returns gradients of stacked low-rank paths under the names of peft."""
+    """Returns the gradients of the stacked LoRA matrices under the names of peft."""
     layers = gradients["layers"]["layers"]["attention"]
     return {
         f"{PREFIX}layers.{layer}.self_attn.{name}.lora_{matrix}.weight": value[layer].T
@@ -233,7 +233,7 @@ def test_invalid_sizes_are_rejected(golden, write, field, value):
 def test_an_adapter_with_another_scale_is_rejected(golden, write):
     with pytest.raises(InputError, match=r"lora_alpha / r = 4; allowed: .* 3"):
         load_adapter(golden.decoder(LORA), write(lora_alpha=8), golden.table)
-    with pytest.raises(InputError, match=r"lora_alpha / r = 3; .* which has none"):
+    with pytest.raises(InputError, match=r"lora_alpha / r = 3; .* but the module has no LoRA"):
         load_adapter(golden.decoder(), write(), golden.table)
 
 
@@ -354,8 +354,9 @@ def test_outputs_equal_peft_after_loading_and_saving(name, tmp_path):
     np.testing.assert_allclose(output[mask], last[mask], atol=1e-5)
 
 
-# Adapted modules of BERT in peft, and path of our module -> name in PyTorch.
+# Adapted modules of BERT, as named in peft.
 BERT_TARGETS = ("query", "value", "attention.output.dense", "intermediate.dense")
+# Path of a module in mister_jax -> its name in PyTorch.
 BERT_LAYERS = {
     ("attention", "query"): "attention.self.query",
     ("attention", "value"): "attention.self.value",
@@ -377,7 +378,7 @@ def test_bert_outputs_equal_peft_after_loading_and_saving(name, tmp_path):
     mask, types = batch["attention_mask"], batch["token_type_ids"]
     weights = np.random.default_rng(0).normal(size=(*mask.shape, 16)).astype(np.float32)
     tensors = {key: torch.tensor(value).long() for key, value in batch.items()}
-    if name == "bert":  # Positions count tokens, as in the golden file.
+    if name == "bert":  # Positions count only valid tokens, as in the golden file.
         tensors["position_ids"] = (tensors["attention_mask"].cumsum(1) - 1).clamp(min=0)
     peft_model = make_decoder.with_lora(make_bert.huggingface_model(name), targets=BERT_TARGETS)
     peft_model.save_pretrained(tmp_path / "peft")

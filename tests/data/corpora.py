@@ -131,7 +131,7 @@ def write_meld(root, write_mp4):
         (root / "__MACOSX" / folder).mkdir(parents=True)
 
 
-# One video per split. One has more than nine segments, to test that the order is numeric.
+# One video per split. The first has more than nine segments, to test that the order is numeric.
 MOSI = {
     "03bSnISJMiM": [2.4, 0.0, -0.8, 1.0, -3.0, 3.0, 0.2, -0.2, 1.8, -1.2, 0.6],
     "_dI--eQ6qVU": [0.0],

@@ -35,7 +35,7 @@ def test_a_shift_and_a_scale_are_removed(features, standardizers):
     adapted = adapt_features(shifted(features), standardizers)
     present = features.speech_present
     count = present.sum()
-    # The statistics are mixed with the statistics of two training utterances.
+    # The statistics of training have the weight of two utterances.
     new = shifted(features).speech[present].astype(np.float64)
     training = standardizers["speech"]
     mean = (count * new.mean(0) + 2 * training.mean) / (count + 2)
@@ -68,7 +68,7 @@ def test_with_many_utterances_adaptation_recovers_the_features():
 
 
 def test_a_few_utterances_change_little(features, standardizers):
-    # With one utterance, two thirds of the mean come from training.
+    # With one utterance, the statistics of training have a weight of two thirds.
     one = dataclasses.replace(
         features,
         dialogue_ids=features.dialogue_ids[:1],

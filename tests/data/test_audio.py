@@ -163,7 +163,7 @@ def test_cut_of_long_recording_seeks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(audio_reader.AudioReader, "_timed_frames", count_frames)
     unsigned = tmp_path / "unsigned.wav"
-    with wave.open(str(unsigned), "wb") as file:  # decoded by FFmpeg
+    with wave.open(str(unsigned), "wb") as file:  # FFmpeg, not `wav.py`, decodes 8-bit WAV.
         file.setnchannels(2)
         file.setsampwidth(1)
         file.setframerate(8000)
@@ -270,7 +270,7 @@ def test_stream_may_change_its_format(tmp_path):
 
 
 def write_broken_files(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> dict[str, tuple]:
-    """Returns sources that cannot be decoded and the expected reasons, keyed by name."""
+    """Writes files that cannot be decoded; returns sources and expected reasons by name."""
 
     def write_bytes(name: str, content: bytes) -> pathlib.Path:
         (folder / name).write_bytes(content)

@@ -23,7 +23,7 @@ LENGTHS = np.array([1, 9, 3, 3, 4, 12, 2, 5, 5, 1, 7, 6, 12, 11, 2, 2, 8])
 def padded_positions(
     lengths: np.ndarray, boundaries: tuple[int, ...], batch_size: int, multiple_of: int
 ) -> int:
-    """Counts item by item; all batches of a bucket have as many rows as its largest batch."""
+    """Counts positions in a loop; all batches of a bucket have as many rows as the largest one."""
     total, below = 0, 0
     for boundary in boundaries:
         count = sum(below < length <= boundary for length in lengths)
@@ -280,5 +280,5 @@ def test_compiled_shapes_are_used_again():
     smaller_split = plan_shapes([33] * 5, 20_000, [(8, 40)])
     assert smaller_split == [(8, 40)]
     assert plan_shapes([33] * 5, 10, [(8, 80)]) == [(8, 40)]
-    # A program costs less than the positions that it saves.
+    # Another program costs less than the padding that it saves.
     assert plan_shapes([12] * 3000, 20_000, shapes)[0] == (50, 20)

@@ -333,7 +333,8 @@ def test_existing_synthetic_recordings_are_reused(tmp_path):
     first = prepare()
     assert first["notes"] == []
     expected = contents("manifest/synthetic", tmp_path)
-    shutil.rmtree(tmp_path / "manifest")  # As if killed before the dataset was written.
+    # Simulates a process that was killed before it wrote the dataset.
+    shutil.rmtree(tmp_path / "manifest")
     with pytest.raises(InputError, match=r"made with other arguments \(seed 0 instead"):
         prepare(seed=1)
     (note,) = prepare()["notes"]

@@ -16,7 +16,7 @@ LABELS = {"A": "Angray", "H": "Joy", "N": "neutral", "Surprised": "Superise"}
 
 
 def make_rows(speakers, texts=5, labels=("A", "H", "N")):
-    """Returns an utterance for every combination of speaker, label and text, as in URDU."""
+    """Returns metadata in the format of URDU for all combinations of speaker, label and text."""
     return [
         {
             "key": f"urdu-{speaker}_F{text}_{label}{text}",
@@ -43,7 +43,7 @@ def write_part(path, rows, formats=("json", "jsonl")):
 
 @pytest.fixture
 def urdu(tmp_path):
-    """Folder of a corpus with two folds; fold 1 has files in both spellings of its name."""
+    """Folder of a corpus with two folds. Fold 1 has files with "fold_1" and "fold1" in the name."""
     folder = tmp_path / "EmoBox/data/urdu"
     train, test = make_rows(["SF1", "SF2", "SM1", "SM2", "SM3"]), make_rows(["SM4"])
     for fold, (train_rows, test_rows) in {
@@ -118,7 +118,7 @@ def test_other_extensions_and_layouts_of_the_recordings(urdu, tmp_path):
     )
     sources = [turn.recording.source for _, turn in corpus.utterances()]
     assert sum(source.endswith(".flac") for source in sources) == 75
-    # A missing recording keeps its path in the metadata, for the report.
+    # A missing recording keeps the path from the metadata, so that the report can name it.
     missing = [source for source in sources if source.endswith(".wav")]
     assert missing[0] == str(tmp_path / "flat/downloads/urdu/A/SM4_F1_A1.wav")
 
@@ -131,7 +131,7 @@ def test_labels_of_another_case_and_labels_without_an_emotion(urdu):
     assert corpus.class_names == ("Angry", "Happy")
     assert corpus.notes[1:3] == (
         "label 'A' read as 'Angry', 30 utterances",
-        "30 utterances labeled Other are unlabeled, because it is not an emotion",
+        "30 utterances labeled Other are unlabeled, because Other is not an emotion",
     )
     assert classes(corpus, "test") == {"Angry": 5, "Happy": 5, None: 5}
 
@@ -242,7 +242,7 @@ def test_turns_of_iemocap_are_in_the_spoken_order_if_their_times_are_known(iemoc
             ("M009", 2.5, 3.0),
             ("F010", 3.0, 3.5),
         ]
-    assert "turns without one of the classes are absent; --corpus=iemocap reads all turns" in (
+    assert "EmoBox omits turns that have none of the classes; --corpus=iemocap reads all turns" in (
         corpus.notes
     )
 

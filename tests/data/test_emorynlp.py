@@ -79,7 +79,7 @@ def test_errors_name_the_utterance(emorynlp):
     path = emorynlp / "json" / FILES["test"]
     for contents, message in [
         ("{", r"tst\.json: not JSON \(.*\); needed: episodes with scenes"),
-        ("[]", "no list of objects 'episodes'; needed: EmoryNLP's format"),
+        ("[]", "'episodes' is not a list of objects; needed: EmoryNLP's format"),
         (
             json.dumps(season(scene("s01_e01_c04", utterance("u1", "Happy")))),
             "s01_e01_c04: utterance 1: emotion: 'Happy'; allowed: neutral, joyful, scared, mad, p",
@@ -89,7 +89,7 @@ def test_errors_name_the_utterance(emorynlp):
             "c: utterance 1: speakers: 'Joey'; allowed: a list of names",
         ),
         (json.dumps(season(scene("c", utterance(None)))), "utterance 1: utterance_id: missing"),
-        (json.dumps(season({"scene_id": "c"})), "tst.json: c: no list of objects 'utterances'"),
+        (json.dumps(season({"scene_id": "c"})), "tst.json: c: 'utterances' is not a list"),
     ]:
         path.write_text(contents)
         with pytest.raises(InputError, match=message):

@@ -1,4 +1,4 @@
-"""Labels of published models are aligned by a table of synonyms."""
+"""A table of synonyms maps the labels of published models to common names."""
 
 import pathlib
 

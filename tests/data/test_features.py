@@ -182,7 +182,7 @@ def test_one_modality_is_enough(tmp_path, modality, other):
 
 
 def speakers_without_splits(num_speakers: int, num_dialogues: int) -> dict[str, np.ndarray]:
-    """Dialogues of one utterance; each speaker has several."""
+    """Returns arrays of single-utterance dialogues; each speaker has several dialogues."""
     number = np.arange(num_dialogues)
     return {
         "utterance": number,
@@ -202,7 +202,7 @@ def test_random_splits_keep_speakers_apart_and_are_repeatable(tmp_path):
     assert [len(split.label) for split in splits.values()] == [160, 20, 20]
     assert sum(map(len, speakers)) == len(set.union(*speakers)) == 20
     assert "in 20 groups that share no speaker" in splits["train"].metadata["notes"][0]
-    # The speakers are kept as a column, which folds of a cross-validation need.
+    # The speakers are kept as a column, because folds of a cross-validation need them.
     column = [json.loads(row)["speaker"] for row in splits["train"].utterance_metadata]
     assert column == [str(int(name) % 20) for name in splits["train"].utterance_ids]
     assert_features_equal(read_npz(source)["test"], splits["test"])

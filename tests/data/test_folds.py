@@ -15,7 +15,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def make_features(speakers, dialogues=None, utterance_ids=None):
-    """Returns features of utterances with the given speakers, one utterance per dialogue."""
+    """Returns features of utterances with the given speakers; by default, one per dialogue."""
     total = len(speakers)
     dialogues = list(range(total)) if dialogues is None else dialogues
     names, lengths = np.unique(dialogues, return_counts=True)
@@ -49,7 +49,7 @@ def test_each_speaker_is_the_test_fold_once_and_never_in_training():
     for fold, name in enumerate(folds.names):
         splits = {split: members(features, folds, fold, split) for split in SPLITS}
         assert splits["test"] == {f"u{index}" for index in range(40) if speakers[index] == name}
-        assert len(splits["validation"]) == 8  # The utterances of the next speaker.
+        assert len(splits["validation"]) == 8  # These are the utterances of the next speaker.
         assert sum(map(len, splits.values())) == len(set.union(*splits.values())) == 40
         tested += splits["test"]
     assert sorted(tested) == sorted(features.utterance_ids.tolist())
@@ -79,8 +79,7 @@ def test_the_other_speaker_of_a_test_dialogue_is_context_without_labels():
     test = select_fold(features, folds, 0, "test")
     assert test.utterance_ids.tolist() == ["u0", "u1", "u2"]
     assert test.label.tolist() == [features.label[0], -1, features.label[2]]
-    # The next fold is the other speaker of the dialogue, who has no dialogue without the test
-    # speaker.
+    # Validation uses speaker c, because speaker b has no dialogue without the test speaker.
     assert members(features, folds, 0, "validation") == {"u3", "u4", "u5"}
     assert members(features, folds, 0, "train") == {"u6", "u7"}
 
@@ -96,7 +95,7 @@ def test_sessions_and_speakers_of_iemocap_are_read_from_its_ids():
     dialogues = [name.rpartition("_")[0] for name in ids]
     order = np.argsort(dialogues, kind="stable")
     ids, dialogues = [ids[index] for index in order], [dialogues[index] for index in order]
-    # The column has only two values, although there are ten speakers.
+    # The speaker column has only two values, although there are ten speakers.
     features = make_features([name.rpartition("_")[2][0] for name in ids], dialogues, ids)
     assert make_folds(features, "session").names == ("01", "02", "03", "04", "05")
     speakers = make_folds(features, "speaker")
@@ -104,7 +103,7 @@ def test_sessions_and_speakers_of_iemocap_are_read_from_its_ids():
     test = select_fold(features, speakers, 1, "test")
     assert {name.partition("_")[0][:5] for name in test.utterance_ids} == {"Ses01"}
     assert {name.rpartition("_")[2][0] for name in test.utterance_ids[test.label >= 0]} == {"M"}
-    # The other speaker of session 1 has no dialogue without the test speaker.
+    # The next speaker, 02F, is in all dialogues of session 2.
     assert {name[:5] for name in members(features, speakers, 1, "validation")} == {"Ses02"}
 
 

@@ -96,7 +96,7 @@ def test_cut_after_gap_equals_part_of_entire_recording(files_with_gap, ending):
     for start, end in ((5.25, 5.75), (2.5, 3.5), (3.5, 4.5), (1.0, 6.0)):
         cut = decode(files_with_gap[ending], start=start, end=end)
         expected = clip.samples[round(start * RATE) : round(end * RATE)]
-        # AAC decoders synthesize noise, which differs each time.
+        # AAC decoders add synthetic noise, which differs in each run.
         np.testing.assert_allclose(cut.samples, expected, atol=100 if ending != "mka" else 1)
     assert peak_frequency(
         decode(files_with_gap[ending], start=5.25, end=5.75).samples

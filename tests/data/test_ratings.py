@@ -132,7 +132,7 @@ def test_manifest_has_counts_per_class(tmp_path):
 )
 def test_invalid_ratings_of_a_manifest_are_one_line(tmp_path, ratings):
     row = {"dialogue": "d", "utterance": 1, "order": 1, "text": "Hi.", "ratings": ratings}
-    with pytest.raises(InputError, match=r"ratings: .* allowed: an object of classes") as raised:
+    with pytest.raises(InputError, match=r"ratings: .* allowed: an object that maps") as raised:
         read_manifest(write_manifest(tmp_path / "m.jsonl", [row]))
     assert "\n" not in str(raised.value)
 
@@ -242,7 +242,7 @@ def test_loss_is_the_cross_entropy_to_the_distribution_of_the_raters(output_and_
     q = ratings[counted] / ratings[counted].sum(-1, keepdims=True)
     log_p = np.log(scipy.special.softmax(np.asarray(output.logits, float)[counted], -1))
     assert float(parts["mixture"]) == pytest.approx(-(q * log_p).sum(-1).mean(), rel=1e-5)
-    assert float(parts["contrastive"]) == 0  # It needs labels.
+    assert float(parts["contrastive"]) == 0  # The contrastive loss needs labels.
 
 
 def test_scores_equal_those_of_scipy_and_hand_made_agreement():
@@ -258,7 +258,7 @@ def test_scores_equal_those_of_scipy_and_hand_made_agreement():
     assert scores["js_divergence"] == pytest.approx(np.square(distances).mean())
     chosen = [ratings[row, probabilities[row].argmax()] > 0 for row in rows]
     assert scores["any_rater_accuracy"] == np.mean(chosen)
-    # Three utterances have several raters. Of their three pairs of raters, 3, 0 and 1 agree.
+    # Three utterances have three raters each. Of the three pairs of raters, 3, 0 and 1 pairs agree.
     agreement = (1 + 0 + 1 / 3) / 3
     chance = (4 / 9) ** 2 + (3 / 9) ** 2 + (2 / 9) ** 2
     assert scores["rater_agreement"] == pytest.approx(agreement)

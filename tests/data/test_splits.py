@@ -18,7 +18,7 @@ def split_labels(dialogues, splits):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_speakers_with_one_emotion_are_drawn_so_that_every_split_has_all_classes(seed):
-    # As in recordings from talk shows, most speakers have a single emotion.
+    # Every speaker has a single emotion, like most speakers in recordings from talk shows.
     random = np.random.default_rng(seed)
     speakers = {f"s{number}": "abcd"[number % 4] for number in range(28)}
     dialogues, groups = {}, {}

@@ -16,7 +16,7 @@ from mister_jax.errors import InputError
 ROOT = pathlib.Path(__file__).parents[2]
 
 # This script replaces a directory and kills itself at the rename with the given number. Rename 1
-# puts the old directory aside, and rename 2 moves the new directory into position.
+# moves the old directory aside, and rename 2 moves the new directory into position.
 KILLED_WRITER = """
 import os, signal, sys
 from etils import epath

@@ -172,7 +172,7 @@ def test_emotions_persist_at_requested_rate(manifest):
 
 
 def measure_pitch(samples: np.ndarray) -> float:
-    """Returns the geometric mean pitch of all frames in Hz, by autocorrelation."""
+    """Returns the geometric mean pitch of the loud frames in Hz, by autocorrelation."""
     frames = np.lib.stride_tricks.sliding_window_view(samples.astype(float), 1024)[::512]
     frames = frames[np.std(frames, axis=1) > np.std(samples) / 3]
     spectrum = np.abs(np.fft.rfft(frames * np.hanning(1024), 2048)) ** 2
@@ -187,7 +187,7 @@ def measure_level(samples: np.ndarray) -> float:
 
 
 def measure_tempo(samples: np.ndarray) -> float:
-    """Returns syllables per second: the strongest frequency of the envelope from 2 to 10 Hz."""
+    """Returns syllables per second: the envelope's strongest frequency between 2 and 10 Hz."""
     power = samples[: len(samples) // 160 * 160].reshape(-1, 160).astype(float) ** 2
     envelope = np.sqrt(power.mean(axis=1))
     envelope -= envelope.mean()
@@ -197,7 +197,7 @@ def measure_tempo(samples: np.ndarray) -> float:
 
 
 def measure_tilt(samples: np.ndarray) -> float:
-    """Returns dB per octave: the slope of the spectrum between 200 Hz and 3 kHz."""
+    """Returns the slope of the spectrum between 200 Hz and 3.2 kHz in dB per octave."""
     frames = np.lib.stride_tricks.sliding_window_view(samples.astype(float), 1024)[::512]
     power = np.mean(np.abs(np.fft.rfft(frames * np.hanning(1024))) ** 2, axis=0)
     frequency = np.fft.rfftfreq(1024, 1 / audio.SAMPLE_RATE)
@@ -220,7 +220,7 @@ MEASUREMENTS = {
 
 @pytest.fixture(scope="module")
 def measured(samples_by_utterance) -> dict[str, np.ndarray]:
-    """Returns the measurements [N] of each field of the truth."""
+    """Returns the measurements [N] of each field of `MEASUREMENTS`."""
     return {
         field: np.array([measure(samples) for samples in samples_by_utterance.values()])
         for field, (measure, _) in MEASUREMENTS.items()
@@ -234,7 +234,7 @@ def test_speaking_style_is_measurable(samples_by_utterance, truth, measured, fie
 
 
 def to_styles(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """Returns styles [N, 4] in standard deviations from their physical values."""
+    """Converts physical values to styles [N, 4] in standard deviations from the mean."""
     scales = {
         "pitch_hz": (np.log2, voice.PITCH_OCTAVE),
         "level_db": (np.asarray, voice.LEVEL),
@@ -280,7 +280,7 @@ def test_written_scores_follow_from_manifest_and_truth(corpus, manifest, truth):
 
 
 def test_measured_styles_nearly_reach_reference_score(corpus, manifest, truth, measured):
-    # Measured tilt and pitch are off by a constant factor, which is fitted to the truth.
+    # The measurements are biased, so a linear map from the measured to the true styles is fitted.
     has_audio = np.array(["audio" in row for row in manifest])
     true_style = to_styles(
         {field: np.array([row[field] for row in truth]) for field in MEASUREMENTS}

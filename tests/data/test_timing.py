@@ -1,4 +1,4 @@
-"""Texts that are too long for their time."""
+"""Detection of texts that are too long for their duration."""
 
 import pytest
 

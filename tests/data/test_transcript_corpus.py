@@ -97,8 +97,6 @@ def test_the_report_lists_recordings_and_transcripts_without_the_other(tmp_path)
         write_recording(source / f"{name}.wav")
     for name in ("one", "two", "three", "lost"):
         (source / f"{name}.csv").write_text(csv())
-    (source / "one.srt").write_text(srt())  # A CSV file is not preferred to subtitles.
-    (source / "one.srt").unlink()
     report = prepare_corpus(
         PrepareOptions(
             "transcripts",

@@ -63,7 +63,10 @@ def riff(*chunks: bytes, magic: bytes = b"RIFF") -> bytes:
 
 
 def pack(samples: np.ndarray, bits: int, container: int) -> tuple[bytes, np.ndarray]:
-    """Returns samples [N, C] packed in containers, and their values in units of int16."""
+    """Returns samples [N, C] as bytes, and their values on the scale of int16.
+
+    Each sample has `bits` bits in a container of `container` bytes.
+    """
     values = np.rint(samples * 2 ** (bits - 1)).astype(np.int64)
     left = (values << (8 * container - bits)).astype("<i8")
     content = left.view(np.uint8).reshape(*left.shape, 8)[..., :container].tobytes()
@@ -205,7 +208,8 @@ def test_the_channels_of_a_cut_are_compared_in_its_bins_only(tmp_path):
     path = tmp_path / "call.wav"
     encode_wav(path, np.zeros((16_000, 2), np.int16))
     reader = AudioReader(path, "mix")
-    # Only one channel has sound until 500 s. After that, the channels cancel out.
+    # Each array has the powers of both channels and of their mix. Only one channel has sound until
+    # 500 s. After that, the channels cancel out.
     reader._powers = Bins(
         {
             index: np.array([0.0, 9.0, 4.0] if index < 2000 else [5.0, 6.0, 0.0])

@@ -24,7 +24,7 @@ def inputs(dtype=jnp.float32):
 
 
 def mask(*shape):
-    """Returns a mask that allows the first key."""
+    """Returns a random mask that always allows the first key."""
     return (normal(*shape, KEYS, seed=2) > 0) | (np.arange(KEYS) == 0)
 
 

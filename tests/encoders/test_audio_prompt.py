@@ -7,7 +7,7 @@ import pytest
 from mister_jax.encoders.audio_prompt import splice_audio
 
 PLACEHOLDER = -1
-AUDIO = 100 + np.arange(15).reshape(3, 5)  # three clips of vectors of size 1
+AUDIO = 100 + np.arange(15).reshape(3, 5)  # three clips with five audio vectors of size 1
 AUDIO_LENGTHS = np.array([4, 1, 5])
 
 

@@ -128,7 +128,7 @@ def test_batch_token_mask_drifts_as_in_the_official_code(model, golden):
     for row in golden["maskcases/table"]:
         case = dict(zip(columns, row.tolist(), strict=True))
         valid = np.arange(case["n_samples"]) < case["n_valid_samples"]
-        # Without jit, because every case has different shapes.
+        # This call is not jitted, because every case has different shapes.
         mask = np.asarray(batch_token_mask(valid[None], case["n_frames"], model.config))
         expected = np.arange(case["n_tokens"]) < case["n_valid_tokens"]
         np.testing.assert_array_equal(mask[0], expected, err_msg=str(case))
@@ -185,7 +185,7 @@ def test_saved_weights_can_be_loaded(model, weights, golden):
         "predictor.bias",
         "encoder.layers.1.self_attn.relative_attention_bias.weight",
     }
-    direction = "encoder.pos_conv.0.weight_v"  # Several directions give the same kernel.
+    direction = "encoder.pos_conv.0.weight_v"  # Multiples of this tensor give the same kernel.
     for name in set(saved) - {direction}:
         np.testing.assert_allclose(saved[name], weights[name], atol=1e-6, err_msg=name)
     reloaded = nnx.eval_shape(lambda: Beats(model.config, rngs=nnx.Rngs(0)))

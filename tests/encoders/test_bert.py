@@ -39,7 +39,7 @@ def huggingface_config(name):
 
 @functools.cache
 def make(name, **changes):
-    """Returns the encoder of a golden file. Tests do not change it."""
+    """Returns the encoder of a golden file. The encoder is cached, so tests must not change it."""
     config = BertConfig.from_huggingface(huggingface_config(name), **changes)
     bert = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
     return load_params(bert, key_table(config), group(name, "param/"), ignore=NAME_RULES.unused)
@@ -66,7 +66,7 @@ def outputs_without_token_types():
 def inputs(name):
     """Returns tokens, mask and token types of the golden batch.
 
-    Its rows have no padding, padding on the right and padding on the left.
+    The first row has no padding, the second has padding on the right, and the third on the left.
     """
     return tuple(group(name, "in/").values())
 
@@ -196,7 +196,7 @@ def test_lora_starts_without_effect_and_learns():
     gradients, last = gradient(trained)
     np.testing.assert_allclose(last, outputs_without_token_types(), atol=1e-5)
     gradients = jax.tree.leaves(gradients)
-    # The second matrices start at zero, so the gradients of the first matrices are zero.
+    # The second LoRA matrices start at zero, so the gradients of the first matrices are zero.
     assert [bool(np.any(value)) for value in gradients].count(True) == len(gradients) // 2 == 3
 
 

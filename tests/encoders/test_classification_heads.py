@@ -25,7 +25,7 @@ DISTILBERT_CONFIG = {
 
 
 def save_with_head(folder, config, shapes, *, prefix="", **others):
-    """Saves a random encoder with random layers of a head; returns the head's tensors."""
+    """Saves a random encoder with a random head; returns the head's tensors."""
     save_encoder(folder, config)
     written = json.loads((folder / "config.json").read_text()) | {"id2label": NAMES}
     (folder / "config.json").write_text(json.dumps(written))

@@ -142,7 +142,7 @@ def test_packed_sequences_equal_separate_ones(name):
     for row, end in enumerate(np.cumsum(lengths)):
         sequence = packed[end - lengths[row] : end]
         np.testing.assert_allclose(sequence, separate[row, : lengths[row]], atol=1e-5)
-    # The outputs are the same after padding.
+    # Padding on the left does not change the outputs.
     padded = np.pad(IDS[:1], ((0, 0), (2, 0)), constant_values=9)
     mask, segments = np.arange(10)[None] >= 2, np.pad(segments, ((0, 0), (2, 0)))
     after_padding = np.asarray(run(make(name), padded, mask, segment_ids=segments))[0, 2:]
@@ -313,7 +313,8 @@ def test_rope_parameters_of_transformers_5_are_read():
     scaling, theta = config.pop("rope_scaling"), config.pop("rope_theta")
     config["rope_parameters"] = {**scaling, "rope_theta": theta}
     assert DecoderConfig.from_huggingface(config) == DecoderConfig.llama_3_1_8b()
-    # Older configs call the type `type`, and store the positions in a field of the model.
+    # In older configs, `rope_scaling` has `type` instead of `rope_type`, and lacks the number of
+    # positions.
     scaling = {"type" if name == "rope_type" else name: value for name, value in scaling.items()}
     del scaling["original_max_position_embeddings"]
     old = {**LLAMA_3_1, "rope_scaling": scaling, "max_position_embeddings": 8192}

@@ -94,7 +94,7 @@ def test_fbank_equals_kaldi():
     )
     features = frontends.kaldi_fbank(waveform * 2.0**15)
     assert features.shape == expected.shape
-    # BEATs' standardization.
+    # BEATs standardizes features in this way.
     np.testing.assert_allclose((features - 15.41663) / (2 * 6.55582), expected, atol=3e-4)
 
 

@@ -80,7 +80,7 @@ def valid(output, row):
 
 
 def check(output, expected):
-    """Checks that the masks and the hidden states within them equal transformers."""
+    """Checks that the masks and the valid hidden states equal those of transformers."""
     length = expected["mask"].shape[1]
     np.testing.assert_array_equal(output.mask[:, :length], expected["mask"])
     np.testing.assert_array_equal(output.audio_mask[:, :length], expected["audio_mask"])

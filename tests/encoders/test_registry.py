@@ -56,7 +56,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Folder of a tiny BERT with a tokenizer. Tests do not change it."""
+    """Folder of a tiny BERT with a tokenizer. Tests must not change the folder."""
     folder = tmp_path_factory.mktemp("bert")
     with np.load(GOLDEN / "bert.npz") as file:
         (folder / "config.json").write_text(str(file["config"]))
@@ -224,7 +224,7 @@ def test_saving_restores_the_loaded_tensors(folder, tmp_path):
     assert {name for name in original if not name.startswith("pooler")} == set(saved)
     for name, tensor in saved.items():
         np.testing.assert_array_equal(tensor[...], original[name][...].astype("bfloat16"))
-    # transformers loads the weights in this dtype.
+    # transformers loads the weights in the dtype that config.json names.
     assert hf_config.read_config(tmp_path)["dtype"] == "bfloat16"
 
 
@@ -282,7 +282,7 @@ def test_a_mesh_shards_the_kernels_without_changing_outputs(copy):
     assert len({str(shard.index) for shard in kernel.addressable_shards}) == 8
     tokens = module.token_embedding.embedding[...]  # [24, 16]
     assert {shard.data.shape for shard in tokens.addressable_shards} == {(12, 4)}
-    positions = module.position_embedding.embedding[...]  # [9, 16]: 9 rows are not divisible.
+    positions = module.position_embedding.embedding[...]  # [9, 16]: 9 is not divisible by 2.
     assert {shard.data.shape for shard in positions.addressable_shards} == {(9, 4)}
     for leaf in jax.tree.leaves(nnx.state(module)):
         assert leaf.sharding.mesh == mesh

@@ -27,7 +27,7 @@ from mister_jax.nn.lora import LoRAConfig
 from tests.helpers.golden import read_golden
 
 LLM = "llama_model.base_model.model.model"
-LENGTHS = np.array([40000, 9000, 21000])  # longer than the window, shorter than the minimum, odd
+LENGTHS = np.array([40000, 9000, 21000])  # above the window, below the minimum, in between
 PROMPT = np.array([[1, 5, 6, -1, 7, 8], [1, -1, 9, 0, 0, 0], [1, 2, 3, 4, -1, 0]])
 PROMPT_MASK = np.arange(6) < np.array([[6], [3], [5]])
 
@@ -179,7 +179,7 @@ def test_overlapping_windows_with_several_queries_are_shift_invariant(qformer_co
     mask = np.ones((2, 11), bool)
     tokens = np.asarray(run(module, speech, sound, mask))
     assert tokens.shape == (2, config.num_tokens(11), 7) == (2, 12, 7)
-    # Shifting the input by one stride shifts the windows by one.
+    # Shifting the input by one stride shifts the output by one window.
     shifted = np.asarray(run(module, np.roll(speech, -2, 1), np.roll(sound, -2, 1), mask))
     np.testing.assert_allclose(shifted[:, :9], tokens[:, 3:], atol=1e-5)
 

@@ -54,7 +54,8 @@ def test_speech_llm_encodes_every_clip_with_its_prompt(files, waveform):
     full_mask = np.asarray(run(pooled, waveform, LENGTHS)[1])
     np.testing.assert_array_equal(full_mask.sum(1), mask.sum(1) + prompt.shape[1] - 1)
     assert mask.any(1).all()
-    if not files.is_salmonn:  # One vector per 40 ms. SALMONN has a fixed number per clip.
+    # Qwen2-Audio has one vector per 40 ms. SALMONN has a fixed number of vectors per clip.
+    if not files.is_salmonn:
         np.testing.assert_array_equal(mask.sum(1), [14, 20, 1])
 
 

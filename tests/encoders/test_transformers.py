@@ -67,8 +67,8 @@ TASK_MODELS = {
 }
 # Task models without an encoder.
 WITHOUT_ENCODER = {"whisper": ("WhisperForCausalLM",)}
-# Model type -> class and target modules of adapters that are read, besides "all-linear" of the bare
-# model.
+# Model type -> class and target modules of the adapters that a test reads. Another test reads an
+# "all-linear" adapter of each bare model.
 _SPEECH_TARGETS = ("q_proj", "v_proj", "intermediate_dense")
 ADAPTERS = {
     "bert": (("BertForSequenceClassification", ("query", "value")),),
@@ -93,7 +93,7 @@ ADAPTERS = {
 # Model type -> layers of the adapters that are written; () for all layers.
 WRITTEN_ADAPTERS = {
     **dict.fromkeys(ADAPTERS, ((),)),
-    # peft does not apply LoRA to other layers.
+    # peft does not apply LoRA to the other layers of WavLM.
     "wavlm": (("mlp_in", "mlp_out", "projection"),),
     "qwen2_audio": ((), ("decoder/layers/layers/attention/query",), ("/projection",)),
 }
@@ -392,7 +392,7 @@ def test_adapters_of_all_linear_layers_are_read(model_type, tmp_path):
     base = torch_hidden(model)
     model = random_adapter(model, target_modules="all-linear", use_rslora=model_type == "llama")
     model.save_pretrained(tmp_path / "adapter", safe_serialization=model_type != "bert")
-    if model_type == "wavlm":  # WavLM's attention ignores LoRA that is not merged.
+    if model_type == "wavlm":  # In transformers, WavLM's attention ignores unmerged LoRA.
         model = model.merge_and_unload()
     expected = torch_hidden(model)
     assert np.abs(expected - base).max() > 0.05

@@ -33,7 +33,7 @@ def renamed(tensors):
 
 @functools.cache
 def make(name, **changes):
-    """Returns an encoder with the golden weights. Tests do not change it."""
+    """Returns a cached encoder with the golden weights. Tests must not change it."""
     config = WavLMConfig.from_huggingface(huggingface_config(name), **changes)
     encoder = nnx.eval_shape(lambda: WavLM(config, rngs=nnx.Rngs(0)))
     tensors = renamed(read_golden("wavlm", f"{name}/param/"))
@@ -103,7 +103,7 @@ def test_position_bias_depends_on_key_minus_query():
     encoder = make("wavlm")
     table = np.asarray(encoder.position_bias.embedding[...])  # buckets K
     bias = np.asarray(jax.jit(functools.partial(encoder.relative_bias, 60))())
-    # 16 buckets: in each direction, 4 buckets for exact distances, then logarithmic buckets to 40.
+    # Each direction has 8 of the 16 buckets: 4 for exact distances, 4 logarithmic ones up to 40.
     for query, key, bucket in [(7, 7, 0), (7, 6, 1), (7, 4, 3), (6, 9, 11), (0, 4, 12), (59, 0, 7)]:
         np.testing.assert_array_equal(bias[:, query, key], table[bucket])
     assert make("hubert").relative_bias(60) is None
@@ -173,7 +173,7 @@ def test_checkpoints_load_with_and_without_a_head(prefix):
     saved = save_params(encoder, key_table(config))
     assert set(saved) == set(tensors) - {"masked_spec_embed"}
     for name, value in saved.items():
-        if not name.endswith("weight_v"):  # Several directions give the same weight.
+        if not name.endswith("weight_v"):  # Multiples of `weight_v` give the same kernel.
             np.testing.assert_allclose(value[...], tensors[name], atol=1e-6)
     reloaded = nnx.eval_shape(lambda: WavLM(config, rngs=nnx.Rngs(0)))
     load_params(reloaded, key_table(config), saved)

@@ -30,7 +30,7 @@ def huggingface_config(name):
 
 @functools.cache
 def make(name="whisper", **changes):
-    """Returns an encoder with the golden weights. Tests do not change it."""
+    """Returns a cached encoder with the golden weights. Tests must not change it."""
     config = WhisperConfig.from_huggingface(huggingface_config(name), **changes)
     whisper = nnx.eval_shape(lambda: Whisper(config, rngs=nnx.Rngs(0)))
     return load_params(

@@ -85,7 +85,7 @@ def test_unknown_variant_is_named(variants, tmp_path):
 
 @pytest.fixture
 def rows():
-    """Returns two variants of two seeds: the first is better on validation, the second on test."""
+    """Returns two variants with two seeds: one wins on validation, and the other wins on test."""
 
     def row(name, validation, test):
         scores = {split: [dict.fromkeys(SCORE_NAMES, value) for value in values]

@@ -64,7 +64,7 @@ def write_run(folder, rows):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two runs. The second has its rows in another order, and also has rows of another split."""
+    """Two runs. The second has another order of its rows, and additional rows of another split."""
     first = write_run(tmp_path / "a", make_rows(1, accuracy=0.5))
     rows = make_rows(2, accuracy=0.8, dataset="other features of the corpus")
     second = write_run(tmp_path / "b", [*make_rows(3, "validation"), *rows[::-1]])
@@ -163,7 +163,7 @@ def change_first(rows, **changes):
         ([{**row, "label": None} for row in make_rows(2)], "split 'test' has no labels"),
         (
             [{**row, "probabilities": {**row["probabilities"], "calm": 0}} for row in make_rows(2)],
-            "b: classes anger, calm, fear, joy; needed: those of .*a, anger, fear, joy",
+            "b: classes anger, calm, fear, joy; needed: the classes of .*a, anger, fear, joy",
         ),
     ],
 )

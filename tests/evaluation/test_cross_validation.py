@@ -109,8 +109,8 @@ def test_folds_at_once_give_the_scores_of_folds_in_turn(at_once_workdir, cross_v
 def test_test_utterances_do_not_reach_training(
     config, tiny_data_dir, tmp_path, request, models_at_once, fixture
 ):
-    # All data of the first test fold is changed. Training on the other folds must give the same
-    # bits, even if the runs of other folds train on the changed data at the same time.
+    # The features of the first test fold are changed. Training on the other folds must give the
+    # same bits, even if the runs of other folds train on the changed features at the same time.
     tested_ids = load_fold("tiny", "test", SPEC, 0, tiny_data_dir).utterance_ids
     splits = {}
     for split in data.SPLITS:

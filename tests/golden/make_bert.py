@@ -11,8 +11,9 @@ config.json as `config`, and arrays grouped by the first part of their name:
 | `in/` | `input_ids`, `attention_mask`, `token_type_ids` [3, 8]; see below |
 | `out/` | `hidden_states` [3, 3, 8, 16] of the embeddings and both layers |
 
-The rows have no padding, padding on the right and padding on the left. By default, BERT in
-transformers counts padding in its positions. Here positions count tokens, as in RoBERTa.
+The first row has no padding, the second has padding on the right, and the third on the left. By
+default, BERT in transformers counts padding in its positions. Here, positions count only valid
+tokens, as in RoBERTa.
 """
 
 import json

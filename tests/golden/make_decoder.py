@@ -8,11 +8,13 @@ config.json as `config`, and arrays grouped by the first part of their name:
 | group | content |
 |---|---|
 | `param/` | `state_dict` |
-| `in/` | `input_ids` and `attention_mask` [3, 8]; rows without padding, padded right and left |
+| `in/` | `input_ids` and `attention_mask` [3, 8], random `weights` [3, 8, 16]; see below |
 | `out/` | `hidden_states` [3, 3, 8, 16] |
 | `lora/` | tensors of an adapter |
 | `lora_out/` | `last`, the last hidden states with the adapter |
-| `lora_gradient/` | gradients of the sum of `last` times `in/weights` over the tokens |
+| `lora_gradient/` | gradients of the sum of `last` times `in/weights` over the valid tokens |
+
+The first row has no padding, the second has padding on the right, and the third on the left.
 """
 
 import json
@@ -37,7 +39,7 @@ _LLAMA_3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 CONFIGS = {
-    # The head size is not hidden_size / heads, keys are shared, and rotations are scaled.
+    # The head size is not hidden_size / heads, query heads share keys, and RoPE is scaled.
     "llama3": {"num_key_value_heads": 2, "head_dim": 6, "rope_parameters": _LLAMA_3_ROPE},
     "llama2": {"num_key_value_heads": 4, "rms_norm_eps": 1e-5},
     "qwen2": {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 100.0}},

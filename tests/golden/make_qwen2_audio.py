@@ -15,7 +15,7 @@ import numpy as np
 
 FILE = pathlib.Path(__file__).with_name("qwen2_audio.npz")
 PLACEHOLDER = 29
-# Longer than the tower's positions of one second, an odd number of positions, and very short.
+# Longer than the tower's window of one second, an odd number of positions, and very short.
 SAMPLES = (17000, 9250, 1300)
 PROMPTS = ((3, 4, PLACEHOLDER, 5, 6, 7), (PLACEHOLDER, 8), (9, 10, 11, PLACEHOLDER))
 
@@ -88,7 +88,7 @@ def make():
         return_attention_mask=True,
         return_tensors="pt",
     )
-    # The placeholder is repeated, as the processor of transformers does.
+    # Repeat the placeholder, as the processor of transformers does.
     counts = [((frames - 1) // 2 + 1) // 2 for frames in mel["attention_mask"].sum(-1).tolist()]
     expanded = [
         [token for part in prompt for token in [part] * (count if part == PLACEHOLDER else 1)]

@@ -1,4 +1,4 @@
-"""Checkpoints of classifiers with random weights, as transformers writes them."""
+"""Checkpoints of classifiers with random weights, in the format of transformers."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ NAMES = {"0": "joy", "1": "anger", "2": "sadness"}
 
 
 def write_text_classifier(bert_folder, folder, *, num_classes=3, head=True, **fields):
-    """Writes a BERT with a random head."""
+    """Writes a BERT, by default with a random head; returns its folder and tensors."""
     shutil.copytree(bert_folder, folder)
     config = json.loads((folder / "config.json").read_text()) | {"id2label": NAMES} | fields
     (folder / "config.json").write_text(json.dumps(config))

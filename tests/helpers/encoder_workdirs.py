@@ -1,4 +1,4 @@
-"""Work directories of encoders with random trained parameters."""
+"""Work directories of encoders whose trained parameters are random."""
 
 import jax
 import numpy as np

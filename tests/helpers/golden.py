@@ -15,7 +15,7 @@ def _read_file(name):
 
 
 def read_golden(name, prefix=""):
-    """Returns the arrays of a golden file by name. Tests do not change them.
+    """Returns the arrays of a golden file by name. Tests must not change the arrays.
 
     Args:
       name: Name of the file without its suffix.

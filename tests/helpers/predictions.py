@@ -12,7 +12,7 @@ def write_call(folder, rows):
 
 
 def assert_predictions_close(rows, expected):
-    """Checks that two lists of `prediction_rows` are equal up to rounding."""
+    """Checks that two lists of rows from `prediction_rows` are equal up to rounding."""
     assert len(rows) == len(expected)
     for row, expected_row in zip(rows, expected, strict=True):
         for field in ("emotion", "experts"):

@@ -18,7 +18,7 @@ def write_manifest(path, rows):
 
 
 def prepare_manifest(path, data_dir):
-    """Prepares the dataset of a manifest, named `manifest/` and the name of the file."""
+    """Prepares the dataset `manifest/NAME` from a manifest file NAME.jsonl."""
     prepare_corpus(PrepareOptions("manifest", path, data_dir, decoding=DecodingOptions(0)))
 
 

@@ -34,7 +34,7 @@ WHISPER_CONFIG = {
     "encoder_attention_heads": 2,
     "encoder_ffn_dim": 24,
     "max_source_positions": 40,
-    # transformers also creates the decoder.
+    # transformers also creates the decoder, which needs these fields.
     "decoder_layers": 1,
     "decoder_attention_heads": 2,
 }
@@ -156,7 +156,7 @@ def save_qwen2_audio(folder):
 
 
 def save_encoder(folder, config, tokenizer=None):
-    """Saves an encoder with the random weights of seed 0."""
+    """Saves an encoder with random weights from seed 0."""
     module = registry.create_module(config, rngs=nnx.Rngs(0))
     registry.save_pretrained(module, config, folder, tokenizer)
 

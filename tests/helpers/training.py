@@ -44,7 +44,7 @@ def write_tiny_dataset(data_dir, num_dialogues):
 
 
 def make_tiny_config(data_dir, argument="tiny,focal,contrastive,agreement", **changes):
-    """Returns a config for training two epochs with all losses, which takes a second."""
+    """Returns a config for two quick epochs, by default with all losses of the released code."""
     config = fusion.get_config(argument)
     config.data.data_dir = str(data_dir)
     config.data.num_buckets = 1
@@ -119,7 +119,7 @@ def assert_same_bits(checkpoint, expected):
 
 @dataclasses.dataclass
 class TinyTask:
-    """MiSTER-E without a config or a dataset."""
+    """Task of MiSTER-E with a model config, but without an experiment config or a dataset."""
 
     config: MisterEConfig
     weights: LossWeights = dataclasses.field(default_factory=LossWeights)

@@ -48,7 +48,7 @@ TEXTS = ["i am so happy", "you are mad", "we are glad today"]
 
 @pytest.fixture(scope="module")
 def bundle_folder(workdir, tmp_path_factory):
-    """The bundle of a recognizer with scores."""
+    """A bundle of a recognizer whose run has evaluation scores."""
     run = shutil.copytree(workdir, tmp_path_factory.mktemp("evaluated") / "run")
     write_json(run / "metrics.json", SCORES)
     folder = run.parent / "bundle"

@@ -14,7 +14,7 @@ from mister_jax.inference.portable import export_program
 from mister_jax.predictor import Predictor
 from tests.helpers.training import ALL_LAYERS, write_untrained_workdir
 
-# This script blocks all packages that JAX does not need, and runs the program.
+# This script runs the program while mister_jax, Flax and Optax cannot be imported.
 RUN_PROGRAM = """
 import json, pathlib, sys
 

@@ -71,7 +71,8 @@ def test_features_are_adapted_to_the_utterances_of_a_call(workdir, calls_dir, di
 
 def test_features_that_cannot_be_adapted_are_refused(workdir):
     with pytest.raises(InputError, match="the model standardizes no features; needed"):
-        mister_jax.load(adapt_features=True)  # The default model reads text.
+        # The default model reads only text features, which it does not standardize.
+        mister_jax.load(adapt_features=True)
     with pytest.raises(InputError, match="a stream has no utterances to adapt to"):
         mister_jax.load(workdir, adapt_features=True).stream()
 

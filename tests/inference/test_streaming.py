@@ -163,8 +163,8 @@ def test_the_dialogue_that_has_been_silent_longest_is_dropped(causal_recognizer,
         )
     assert 'dialogue "b" is dropped, because 2 others were updated later' in caplog.text
     (alone,) = answers_to(causal_recognizer, {"text": "mad"})
-    assert without_ids(b) == without_ids(alone)  # b starts over
-    assert without_ids(a) == without_ids(alone)  # and takes the place of a
+    assert without_ids(b) == without_ids(alone)  # b was dropped and starts over.
+    assert without_ids(a) == without_ids(alone)  # Then a was dropped to make room for b.
 
 
 def test_each_line_is_answered_before_the_next_is_read(causal_recognizer):
@@ -180,7 +180,7 @@ def test_each_line_is_answered_before_the_next_is_read(causal_recognizer):
 
 def test_the_command_writes_only_answers_to_standard_output(workdir):
     lines = ['{"text": "so mad", "dialogue": "d"}', "no json", '{"text": "glad"}']
-    # In a new process, libraries could also print when they are imported.
+    # A new process also shows whether libraries print when they are imported.
     command = [sys.executable, "-m", "launch.predict", f"--model={workdir}", "--follow"]
     result = subprocess.run(
         command, input="\n".join(lines), cwd=REPOSITORY, capture_output=True, text=True

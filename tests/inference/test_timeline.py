@@ -1,4 +1,4 @@
-"""Tests timelines: for each format, a library of the format's field reads the files back."""
+"""Tests timelines: independent libraries read back the files of each format."""
 
 import base64
 import html
@@ -224,8 +224,8 @@ def test_praatio_reads_the_given_textgrid_and_the_emotions(tmp_path, encoding):
     text = path.read_text()
     assert "xmin = -1.0\nxmax = 5.5\n" in text and "size = 6\n" in text
     assert 'text = "say ""hi""\ntwice"' in text and 'text = "  "' in text
-    # praatio changes tiers whose starts and ends differ, so the expected file is also read by
-    # praatio.
+    # praatio changes tiers that start or end at different times. In the file that praatio reads,
+    # all tiers therefore have the same start and the same end.
     options = {"includeEmptyIntervals": True, "reportingMode": "silence"}
     plain = tmp_path / "plain.TextGrid"
     content = GIVEN_GRID.replace("0 5 2\n", "0 5.5 2\n").replace('5 "b', '5.5 "b')
@@ -238,7 +238,7 @@ def test_praatio_reads_the_given_textgrid_and_the_emotions(tmp_path, encoding):
     assert after.tierNames == (*before.tierNames, "emotion 2", "emotion 3")
     for name in before.tierNames:
         assert after.getTier(name) == before.getTier(name), name
-    # Emotions have the boundaries of their texts in the tier, although the rows' times are rounded.
+    # Emotions have the exact boundaries of the texts, although the times in the rows are rounded.
     assert [tuple(it) for it in after.getTier("emotion 2").entries] == [
         (0, 0.1234, ""), (0.1234, 2.00049, rows[0]["emotion"]), (2.00049, 3, ""),
         (3, 4, rows[2]["emotion"]), (4, 5.5, ""),

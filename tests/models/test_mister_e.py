@@ -65,7 +65,7 @@ def forward(model, batch):
     )
 
 
-# Compile the losses separately, so that models that differ only in their layers share them.
+# The losses are compiled separately, so that models with different layers share the program.
 compiled_forward = nnx.jit(forward)
 compiled_losses = jax.jit(losses.mister_e, static_argnames=("weights", "experts"))
 WEIGHTS = losses.LossWeights(gate=1.0)
@@ -105,7 +105,7 @@ def assert_finite(tree):
 
 
 def put_into_batch(dialogue, make_batch):
-    """Puts a dialogue [1, T] into row 1 of a full batch [3, 4 T] and of a batch of empty rows."""
+    """Puts a dialogue [1, T] into row 1 of a full and of an otherwise empty batch [3, 4 T]."""
     full = make_batch((4 * LENGTH, LENGTH, 3), seed=9)
     for name, values in dialogue.items():
         full[name][1] = 0
@@ -298,7 +298,7 @@ def test_gate_that_reads_contexts_distinguishes_equal_logits(tiny_config):
     np.testing.assert_array_equal(*without)
     first, second = with_contexts
     assert np.abs(first - second)[0, 0].max() > 0.01
-    np.testing.assert_array_equal(first[0, 1], second[0, 1])  # its text is missing
+    np.testing.assert_array_equal(first[0, 1], second[0, 1])  # The text is missing.
     with pytest.raises(ValueError, match="needs both contexts"):
         gate_weights(speech, reads_contexts=True)
 

@@ -80,7 +80,7 @@ def test_causal_convolutions_cover_the_last_steps():
     centered, x = convolution_and_input()
     causal = ParallelConvolution(3, 4, SIZES, causal=True, rngs=nnx.Rngs(0))
     nnx.update(causal, nnx.state(centered))
-    # A kernel that covers the last k steps is centered (k - 1) / 2 steps before the current step.
+    # At each step, the kernel of size k is applied to this step and the k - 1 steps before it.
     expected = 0
     for size, kernel, bias in zip(SIZES, causal.kernels, causal.biases, strict=True):
         padded = jnp.pad(jnp.where(MASK[..., None], x, 0), ((0, 0), (size - 1, 0), (0, 0)))

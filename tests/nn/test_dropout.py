@@ -80,7 +80,7 @@ def test_rates_out_of_range_raise(rate):
 def test_bits_are_balanced_and_uncorrelated_with_their_neighbors():
     keys = jax.random.split(KEY, 64)
     bits = np.asarray(compiled_bits((64, 64, 32), keys))
-    ones = np.unpackbits(bits.view(np.uint8).reshape(64, 64, 32, 4), axis=-1)  # 32 bits each
+    ones = np.unpackbits(bits.view(np.uint8).reshape(64, 64, 32, 4), axis=-1)  # 32 bits per number
     deviation = 0.5 / np.sqrt(bits.size)
     assert abs(ones.mean((0, 1, 2)) - 0.5).max() < 5 * deviation
     signs = 2.0 * ones - 1

@@ -1,4 +1,4 @@
-"""Creation of modules in one program, and the distribution of PyTorch's layers."""
+"""Creation of modules in one program, and initialization with the distributions of PyTorch."""
 
 import math
 
@@ -21,7 +21,7 @@ from mister_jax.nn.rngs import make_rngs
 
 
 def assert_uniform(values, fan_in):
-    """Checks the support and the variance of a uniform distribution."""
+    """Checks the range and the standard deviation of uniform values."""
     values, bound = np.asarray(values), 1 / math.sqrt(fan_in)
     assert np.abs(values).max() <= bound
     assert np.std(values) == pytest.approx(bound / math.sqrt(3), rel=0.1)
@@ -52,7 +52,8 @@ def test_projections_of_attention_have_the_variance_of_two_layers_in_a_row():
     initialize_like_torch(layer, rngs=nnx.Rngs(1))
     for stacked in (layer.cross_attention, layer.self_attention):
         attention = stacked.stack.attention
-        # Sum of `attention_dim` products; a uniform distribution up to a has the variance a^2 / 3.
+        # Each entry of a kernel is a sum of `attention_dim` products of two uniform values. A
+        # uniform value between -a and a has variance a^2 / 3.
         in_variance = attention_dim * (1 / dim / 3) * (1.5 / attention_dim / 3)
         out_variance = attention_dim * (1 / attention_dim / 3) ** 2
         kernels = {
@@ -91,7 +92,7 @@ def test_one_program_gives_the_same_parameters_and_counts(make):
     rngs, expected_rngs = make(key), make(key)
     created, expected = create_in_one_program(create, rngs), create(expected_rngs)
     chex.assert_trees_all_close(nnx.state(created, nnx.Param), nnx.state(expected, nnx.Param))
-    # Rounding can differ, keys cannot.
+    # The parameters may differ by rounding, but the keys must be equal.
     assert created.dropout.rngs() == expected.dropout.rngs()
     assert rngs() == expected_rngs()
     assert rngs.default.count[...] == expected_rngs.default.count[...]

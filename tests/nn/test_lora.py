@@ -103,7 +103,7 @@ def flat_values(model, kind):
 
 
 def single_layer(lora=None, **options):
-    """Returns a single layer, the attribute `first` of a module."""
+    """Returns a layer that was created as the attribute `first` of a module."""
 
     @nnx.jit
     def create():

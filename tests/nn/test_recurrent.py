@@ -76,7 +76,7 @@ def numpy_gru(gru, x, length):
 
 @jax.jit
 def value_and_gradients(gru, x):
-    """Returns the outputs of a GRU and the gradients of their weighted sum by (params, x)."""
+    """Returns outputs, and gradients of their weighted sum with respect to parameters and x."""
     graphdef, params = gru
 
     def total(params, x):

@@ -30,7 +30,7 @@ def test_all_streams_return_the_keys_of_flax_rngs(transform):
     def draw(make):
         rngs = make(7)
         keys = [rngs[name]() for name in ("params", "dropout", "params")]
-        keys += [rngs() for _ in range(130)]  # more than two blocks
+        keys += [rngs() for _ in range(130)]  # `make_rngs` computes blocks of 64 keys.
         keys += [rngs.fork().params(), rngs.params.split(3).key.get_value()[2], rngs.params()]
         graph, state = nnx.split(rngs)
         keys += [nnx.merge(graph, state).params(), rngs.params()]

@@ -40,7 +40,7 @@ def task(tiny_config):
 
 @pytest.fixture(scope="module")
 def batch(make_batch):
-    """A batch that spreads utterances unevenly: one of eight devices gets none."""
+    """A batch with unevenly distributed utterances: one of eight devices gets none."""
     return make_batch([5, 1, 3, 0, 2, 5, 4, 1])
 
 
@@ -64,7 +64,8 @@ def test_evaluations_and_some_steps_compile_fast_on_cpus(monkeypatch):
     partitioner.compile_eval(lambda *_: None)
     for fast_compile in (False, True):
         partitioner.compile_step(lambda *_: None, fast_compile=fast_compile)
-    fast = {"xla_cpu_use_fusion_emitters": False}  # Tests also disable most optimizations.
+    # The tests disable most optimizations, so these options do not set an optimization level.
+    fast = {"xla_cpu_use_fusion_emitters": False}
     assert options == [fast, None, fast]
     assert fast_compiler_options("tpu") == fast_compiler_options("gpu") == {}
     monkeypatch.setattr(jax.config, "read", lambda name: False)

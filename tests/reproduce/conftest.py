@@ -1,4 +1,4 @@
-"""Tiny encoders of the architectures of the preset `small`, and a runner of commands."""
+"""Tiny encoders with the architectures of the preset `small`, and a runner of commands."""
 
 import pytest
 
@@ -18,7 +18,7 @@ ROBERTA_CONFIG = {
 
 
 class CommandRunner:
-    """Runs `mister-jax` commands as the runner of `run_stages`.
+    """Runner for `run_stages` that runs `mister-jax` commands and keeps their results.
 
     Attributes:
       stop_file: Pattern of a file name. The next command receives SIGTERM when such a file exists.

@@ -1,4 +1,4 @@
-"""Predictions of a dry run."""
+"""Predicted sizes and times of a dry run."""
 
 import pytest
 

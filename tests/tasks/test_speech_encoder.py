@@ -193,7 +193,7 @@ def training_gradient(task, batch):
 
 
 def check_weight_decay_skips_positions(task, batch):
-    """Trains a step in which all kernels change, but not the position embeddings."""
+    """Checks that a training step changes every kernel, but no position embeddings."""
     optimizer = make_optimizer(
         OptimizerConfig(name="adamw", learning_rate=1e-2, weight_decay=0.5), 10
     )

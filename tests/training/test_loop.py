@@ -127,7 +127,7 @@ def test_a_diverging_training_stops_and_keeps_the_last_good_state(
     workdir = tmp_path / "run"
     shutil.copytree(finished_workdir, workdir)
     good = read_latest_checkpoint(workdir)
-    # The run continues for another epoch, on features that are not finite.
+    # The run continues for another epoch, on features that are NaN.
     (step,) = (workdir / "checkpoints" / LATEST).iterdir()
     progress_file = step / "progress" / "metadata"
     progress_file.write_text(json.dumps({**good[1], "finished": False}))

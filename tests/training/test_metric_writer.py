@@ -71,7 +71,7 @@ def test_metrics_tensorboard_events_and_curves_are_written_to_a_bucket(bucket):
     assert [line["step"] for line in lines] == [1, 2, 3]
     files = sorted(bucket.glob("events.out.tfevents*"), key=lambda path: path.suffix)
     events = [read_events(path) for path in files]
-    # From earlier files, TensorBoard hides the steps at or after the start of a later session.
+    # In earlier files, TensorBoard hides the steps from the start of a later session onward.
     assert events == [
         [(1, "start"), (1, 1.0), (2, 0.5)],
         [(2, "start"), (2, 0.5), (3, pytest.approx(1 / 3))],

@@ -188,7 +188,7 @@ def test_an_ensemble_averages_the_mixture_and_its_experts_alike():
             for probabilities in expert_probabilities
         ]
     )
-    # Most seeds choose the second class, but the first has the highest mean.
+    # Most seeds choose the second class, but the first class has the highest mean probability.
     np.testing.assert_allclose(ensemble["expert_probabilities"], [[[0.5, 0.3, 0.2]]])
     np.testing.assert_array_equal(ensemble["probabilities"], ensemble["expert_probabilities"][:, 0])
     np.testing.assert_array_equal(ensemble["expert_present"], present)

@@ -94,7 +94,7 @@ def two_bucket_config(tiny_data_dir, **changes):
 
 
 def train_and_signal(tiny_data_dir, workdir, sent_signal, changes):
-    """Trains in this process on one device, and sends a signal to this process."""
+    """Trains in this process on one device, and sends `sent_signal`, if any, to this process."""
     jax.config.update("jax_num_cpu_devices", 1)
     step_times = []
     hooks = sent_signal.hooks() if sent_signal else {}
@@ -113,7 +113,7 @@ def train_and_signal(tiny_data_dir, workdir, sent_signal, changes):
 
 @pytest.fixture(scope="module")
 def train_in_subprocess():
-    """Runs `train_and_signal` in a separate process and returns its exit status."""
+    """Returns a function that runs `train_and_signal` in a process and returns its exit status."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *SLOW_IMPORTS])
 

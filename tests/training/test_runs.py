@@ -106,7 +106,7 @@ def test_runs_share_one_training_program(folds, separate_workdir, tmp_path, caps
     train_folds(folds, tmp_path / "in_turn", models_at_once=1, quiet=False)
     printed = capsys.readouterr().out
     assert printed.count("training on") == 3 and "at once" not in printed
-    # Two lengths for training, and two for validation.
+    # Two programs for training and two for validation, one for each padded length.
     assert sum(map(int, re.findall(r"compiling (\d)", printed))) == 4
     for fold in folds:
         assert_equal_up_to_rounding(tmp_path / "in_turn" / fold.name, separate_workdir / fold.name)
@@ -250,8 +250,8 @@ def test_progress_follows_the_runs_that_have_not_stopped_early(folds, tmp_path, 
     progress = train_folds(changed, tmp_path, on_step=steps.append)
     assert [run.epoch for run in progress] == [2, 4, 4]
     assert [run.best_epochs for run in progress] == [[1], [4], [4]]
-    # The longest run has 16 steps. When this run stops early, the other runs have fewer steps left
-    # than this run would have had.
+    # The first run is the longest, with 16 steps. When it stops after 8 steps, the other runs have
+    # 6 steps left, so the reported step jumps from 8 to 11.
     assert steps == sorted(set(steps)) and steps[-1] == 16
 
 

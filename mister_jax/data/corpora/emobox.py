@@ -7,11 +7,14 @@ per fold:
     urdu/fold_1/urdu_train_fold_1.jsonl, urdu_test_fold_1.jsonl, and the same two files as .json
     track2/SAVEE_selected_balenced.jsonl: cross-corpus test sets
 
+Each line of a .jsonl file describes an utterance:
+
     {"key": "urdu-SM20_F8_N012", "wav": "downloads/urdu/Neutral/SM20_F8_N012.wav", "emo": "N", ...}
 
-The recordings must be downloaded from the original corpora. Most folds have no validation set, so a
-fifth of the training utterances is drawn for validation: whole speakers if the speakers are known,
-otherwise a fifth of each class.
+The recordings must be downloaded from the original corpora. Most folds have no validation set. For
+such a fold, about a fifth of the training utterances is drawn for validation: all utterances of
+some speakers if there are at least three speakers and all are known, otherwise random utterances
+(random dialogues in a conversational corpus).
 """
 
 import collections
@@ -64,8 +67,9 @@ SPEAKERS: Mapping[str, str] = {
 }
 """Regular expressions that match the speaker in a recording's path, by corpus.
 
-The groups of a match, joined, identify the speaker. Utterances with the same first group are drawn
-for validation together, because the two speakers in an IEMOCAP session talk to each other.
+The concatenated capture groups of a match identify the speaker. Utterances with the same first
+capture group are drawn for validation together. In IEMOCAP, this group is the session, because the
+two speakers in a session talk to each other.
 """
 
 DIALOGUES: Mapping[str, str] = {
@@ -73,7 +77,7 @@ DIALOGUES: Mapping[str, str] = {
     "m3ed": r"(?P<dialogue>[a-z]\w*)_(?P<order>\d+)",
     "meld": r"(?P<dialogue>dia\d+)_utt(?P<order>\d+)-\w+",
 }
-"""Regular expressions for utterance keys, without the corpus name, by conversational corpus."""
+"""Regular expressions for utterance keys without the prefix `CORPUS-`, by conversational corpus."""
 
 _PARTITION = re.compile(r"(?P<name>\w+?)_(?P<part>[a-z]+\d?)_fold_?(?P<fold>\d+)\.jsonl?")
 _FOLD = re.compile(r"fold_?\d+")
@@ -137,8 +141,8 @@ def read_emobox(
             utterances of the class become unlabeled.
 
     Raises:
-        InputError: A file is missing or invalid, the fold does not exist, or a label is not in the
-            label map.
+        InputError: A file is missing or invalid, the fold does not exist, a label is not in
+            EmoBox's label map, or `label_map` contains an unknown class.
     """
     path = pathlib.Path(source).expanduser()
     notes: list[str] = []
@@ -190,7 +194,7 @@ def read_emobox(
     if name == "iemocap":
         times = _iemocap_times(recordings)
         notes.append(
-            "turns without one of the classes are absent; --corpus=iemocap reads all turns"
+            "EmoBox omits turns that have none of the classes; --corpus=iemocap reads all turns"
             if len(times) == len(wavs)
             else "WARNING: the turns of a dialogue are sorted by their numbers, which is not the "
             "spoken order, because dialog/EmoEvaluation is not beside the recordings"
@@ -305,7 +309,7 @@ def _read_entries(path: pathlib.Path) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 class _MetadataReader:
-    """Reads metadata files of one corpus, and counts corrected values.
+    """Reads metadata files of one corpus, and counts the labels that are changed.
 
     Args:
         name: Name of the corpus in EmoBox.
@@ -348,14 +352,18 @@ class _MetadataReader:
         return list(items.values())
 
     def notes(self) -> list[str]:
-        """Returns lines for the user."""
+        """Returns notes for the user on the files that were read.
+
+        Raises:
+            InputError: `class_map` contains a class that no utterance has.
+        """
         notes = [f"{path}: read as cp1252, because it is not UTF-8" for path in self.cp1252]
         notes += [
             f"label {label!r} read as {name!r}, {count} utterances"
             for (label, name), count in self.respelled.items()
         ]
         notes += [
-            f"{count} utterances labeled {name} are unlabeled, because it is not an emotion"
+            f"{count} utterances labeled {name} are unlabeled, because {name} is not an emotion"
             for name, count in self.without_emotion.items()
         ]
         unknown = [name for name in self.class_map if name not in self.classes]
@@ -367,7 +375,7 @@ class _MetadataReader:
         return notes
 
     def _label(self, fields: Fields) -> str | None:
-        """Returns the class of an utterance."""
+        """Returns the class of an utterance, or None if the utterance is unlabeled."""
         label = _first_line(fields, "emo", "label")
         if not self.labels:
             name = label[:1].upper() + label[1:]
@@ -392,7 +400,7 @@ class _MetadataReader:
     def _dialogue(self, key: str) -> tuple[str, tuple[int, str]]:
         """Returns the dialogue of an utterance, and a sort key for its position in the dialogue.
 
-        An utterance without a dialogue gets its key as the dialogue.
+        If the key names no dialogue, the utterance is a dialogue whose name is the key.
         """
         pattern = DIALOGUES.get(self.name)
         if pattern is None:
@@ -413,7 +421,10 @@ def _first_line(fields: Fields, *names: str) -> str:
 
 
 def _read_label_map(folder: pathlib.Path) -> tuple[dict[str, str], pathlib.Path | None]:
-    """Returns the map from labels to class names in the current spelling, and its file."""
+    """Returns EmoBox's map from labels to class names in the current spelling, and its file.
+
+    Without a file, the map is empty.
+    """
     for path in (folder / name for name in _LABEL_MAPS):
         if not path.is_file():
             continue
@@ -465,7 +476,7 @@ def _draw_validation(items: Sequence[_Item], seed: int) -> tuple[list[_Item], li
         chosen = _draw_dialogues(items, rng)
         is_chosen = [item.dialogue in chosen for item in items]
         how = "a fifth of each class at random" + (
-            ", because there are fewer than three speakers" if groups else ""
+            ", because there are fewer than three speakers, or some are unknown" if groups else ""
         )
     validation = [item for item, is_in in zip(items, is_chosen, strict=True) if is_in]
     train = [item for item, is_in in zip(items, is_chosen, strict=True) if not is_in]
@@ -499,7 +510,7 @@ def _draw_groups(
 
 
 def _draw_dialogues(items: Sequence[_Item], rng: np.random.Generator) -> set[str]:
-    """Draws a fraction of the dialogues, stratified by the class of each first utterance."""
+    """Draws a fraction of the dialogues, stratified by the class of the first utterance."""
     first_labels: dict[str, str] = {}
     for item in items:
         first_labels.setdefault(item.dialogue, str(item.label))
@@ -525,7 +536,7 @@ def _dialogues(
         split: Name of the split.
         items: Utterances of the split.
         root: Folder to which the paths of missing recordings are relative.
-        recordings: Maps paths in the metadata to files that exist.
+        recordings: Map from paths in the metadata to existing files.
         times: Map from each utterance's path to its start and end in seconds; empty if unknown.
         metadata: Metadata to store with every utterance.
     """
@@ -551,7 +562,7 @@ def _dialogues(
                     metadata={**({"speaker": item.speaker} if item.speaker else {}), **metadata},
                 )
             )
-        # MELD numbers the dialogues of each split from 0, so their names need the split.
+        # MELD numbers the dialogues of each split from 0, so dialogue ids must contain the split.
         is_key = single and name == dialogue_items[0].key
         dialogues.append(Dialogue(name if is_key else f"{split}_{name}", tuple(utterances)))
     return dialogues
@@ -589,7 +600,7 @@ def _speaker_notes(items: Mapping[str, Sequence[_Item]]) -> list[str]:
 class Emobox(DialogueBuilder):
     """TFDS builder for corpora with the partitions of EmoBox."""
 
-    DESCRIPTION: ClassVar[str] = "Emotional speech, with a fold of EmoBox."
+    DESCRIPTION: ClassVar[str] = "Emotional speech, split as in a fold of EmoBox."
     CITATION: ClassVar[str] = """
     @inproceedings{ma2024emobox,
       title={{EmoBox}: Multilingual Multi-corpus Speech Emotion Recognition Toolkit and Benchmark},

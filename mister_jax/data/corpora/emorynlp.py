@@ -39,7 +39,7 @@ def read_emorynlp(source: str | pathlib.Path, *, partial: bool = False) -> Corpu
     """Reads the scenes of EmoryNLP.
 
     Args:
-        source: Folder that contains the JSON files, at most one level deep.
+        source: Folder that contains the JSON files, directly or one level deeper.
         partial: Whether to allow a corpus whose size differs from the release.
 
     Raises:
@@ -60,7 +60,7 @@ def read_emorynlp(source: str | pathlib.Path, *, partial: bool = False) -> Corpu
 
 
 def _scenes(path: pathlib.Path, text: str) -> Iterator[Dialogue]:
-    """Yields the scenes of a file that have utterances."""
+    """Yields the scenes in a file, except scenes without utterances."""
     try:
         contents = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -81,7 +81,9 @@ def _objects(parent: Any, field: str, location: str) -> list[dict[str, Any]]:
     """Returns a list of objects in a field of a JSON object."""
     values = parent.get(field) if isinstance(parent, dict) else None
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise InputError(f"{location}: no list of objects {field!r}; needed: EmoryNLP's format")
+        raise InputError(
+            f"{location}: {field!r} is not a list of objects; needed: EmoryNLP's format"
+        )
     return values
 
 

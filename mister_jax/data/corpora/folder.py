@@ -118,8 +118,8 @@ class PathPattern:
         pattern = pattern.removesuffix(".*")
         self.num_components = pattern.count("/") + 1
         self.names: list[str] = []
-        # A path is matched twice, with the shortest and with the longest possible fields. If both
-        # give the same fields, the match is unique.
+        # A path is matched twice, with the shortest and with the longest possible fields. If the
+        # two matches give different fields, the pattern is ambiguous.
         shortest, longest = "", ""
         position, after_open_field = 0, False
         for token in _TOKEN.finditer(pattern):
@@ -132,7 +132,7 @@ class PathPattern:
             if width is None and after_open_field:
                 self._fail(
                     f"ambiguous at {token[0]!r}, which follows a field of any length",
-                    "a character between them, or a length such as {emotion:1}",
+                    "a character between the two fields, or a length such as {emotion:1}",
                 )
             after_open_field = width is None
             group = "(?:" if token["star"] else self._group(token["name"])

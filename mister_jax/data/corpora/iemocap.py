@@ -26,7 +26,7 @@ CLASSES: Mapping[str, Mapping[str, str]] = {
     "six": {**_FOUR, "exc": "excited", "fru": "frustrated"},
     "four": {**_FOUR, "exc": "happy"},
 }
-"""Maps labels to class names. Utterances with other labels are unlabeled."""
+"""Maps labels to six or four class names. Utterances with other labels are unlabeled."""
 
 # The labels after the six classes mean no consensus, other, surprise, fear and disgust.
 _LABELS = (*CLASSES["six"], "xxx", "oth", "sur", "fea", "dis")
@@ -171,8 +171,8 @@ def _read_dialogue(
 def _ratings(turn: Turn, classes: Mapping[str, str]) -> dict[str, float]:
     """Returns the number of evaluators who chose each class.
 
-    If an evaluator chose several labels, each gets an equal fraction of the vote. Labels that are
-    not in `classes` are ignored.
+    If an evaluator chose several labels, each label gets an equal fraction of the vote. Labels that
+    are not in `classes` are ignored.
     """
     ratings: dict[str, float] = {}
     for labels in turn.ratings:
@@ -192,8 +192,8 @@ def _evaluator_labels(line: str, location: str) -> tuple[str, ...]:
     names = [name.strip() for name in match[1].split(";") if name.strip()] if match else []
     if match is None or any(name.lower() not in _CATEGORIES for name in names):
         raise InputError(
-            f"{location}: {line[:60]!r}; needed: an evaluator and emotions of "
-            f"{', '.join(_CATEGORIES)}, each followed by a semicolon"
+            f"{location}: {line[:60]!r}; needed: an evaluator and emotions, each followed by a "
+            f"semicolon; allowed emotions: {', '.join(_CATEGORIES)}"
         )
     return tuple(dict.fromkeys(_CATEGORIES[name.lower()] for name in names))
 
@@ -244,7 +244,7 @@ def read_turns(path: pathlib.Path) -> list[Turn]:
 
 def _is_turn(name: str) -> bool:
     # An id consists of dialogue, speaker and number, such as Ses03M_impro05a_F003. XX in the number
-    # marks sounds that the actors did not speak.
+    # marks nonverbal sounds, which are not turns.
     return "XX" not in name.rpartition("_")[2]
 
 

@@ -1,8 +1,8 @@
 """Reads CMU-MOSEI: video monologues on many topics, with sentiment scores (ACL 2018, P18-1208).
 
-The release contains unsegmented recordings and transcripts of segments. The SDK contains the
-labels. As in `mosi`, the two classes are scores in [-3, 0) and scores in [0, 3]. The score and the
-intensities of six emotions are also stored.
+The release contains unsegmented recordings and transcripts of segments. The CMU Multimodal SDK
+contains the labels. As in `mosi`, the two classes are scores in [-3, 0) and scores in [0, 3]. The
+score and the intensities of six emotions are also stored.
 """
 
 import collections
@@ -29,7 +29,7 @@ from mister_jax.data.schema import SPLITS
 from mister_jax.errors import InputError
 
 EMOTIONS = ("happy", "sad", "anger", "surprise", "disgust", "fear")
-"""Emotions whose intensities, from 0 to 3, follow the sentiment in a label."""
+"""Emotions. A label contains the sentiment score, then the intensity (0 to 3) of each emotion."""
 
 AUDIO, TRANSCRIPTS = "Raw/Audio/Full/WAV_16000", "Raw/Transcript/Segmented/Combined"
 LABELS, FOLDS = "CMU_MOSEI_Labels.csd", "cmu_mosei_std_folds.py"
@@ -39,7 +39,7 @@ LAYOUT = f"a folder that contains {AUDIO}, {TRANSCRIPTS}, {LABELS} and the SDK's
 # A label matches a segment of the transcript if the intersection over union of their times is at
 # least this value.
 _MIN_OVERLAP = 0.5
-# At most one in this many videos of a split may lack labels.
+# At most one in `_MISSING_LIMIT` videos of a split may lack labels.
 _MISSING_LIMIT = 10
 
 _SEGMENT = re.compile(r"(.+?)___(\d+)___(-?[\d.]+)___(-?[\d.]+)___(.*)")
@@ -57,8 +57,9 @@ class _Segment(NamedTuple):
 def read_mosei(source: str | pathlib.Path, *, partial: bool = False) -> Corpus:
     """Reads the labels and transcripts of CMU-MOSEI and locates its recordings.
 
-    All segments of a transcript are utterances; segments without a label are unlabeled context. A
-    label without a matching segment becomes an utterance without text.
+    Each segment of positive length in a transcript is an utterance. A segment without a label is
+    unlabeled context. A label without a matching segment becomes an utterance without text. Videos
+    without labels are left out.
 
     Args:
         source: Folder that contains `Raw`, the labels, and the SDK's file of splits.
@@ -173,7 +174,10 @@ def _utterances(
                 f"{MAX_SCORE:g}"
             )
         if not 0 <= max(start, 0) < end < np.inf:
-            raise InputError(f"{location}: label {number}: interval {start:g} to {end:g}")
+            raise InputError(
+                f"{location}: label {number}: interval {start:g} to {end:g}; needed: a finite end "
+                "after the start and after 0"
+            )
         start, end = max(float(start), 0.0), float(end)
         overlaps = [_overlap(segment, start, end) for segment in unused]
         segment = None
@@ -218,7 +222,7 @@ class Mosei(DialogueBuilder):
 
     read = staticmethod(read_mosei)
     BUILDER_CONFIGS: ClassVar = [
-        CorpusConfig(name="binary", description="[-3, 0) against [0, 3], and the score.")
+        CorpusConfig(name="binary", description="Scores in [-3, 0) and in [0, 3] as classes.")
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"""
     Get the raw data, the labels and {FOLDS} with the CMU Multimodal SDK

@@ -1,8 +1,8 @@
 """Reads CMU-MOSI: video monologues about films, with sentiment scores (arXiv 1606.06259).
 
-The release contains recordings and transcripts of segments. The SDK contains the opinion labels.
-As in the paper, the two classes are scores in [-3, 0) and scores in [0, 3]. The score is also
-stored, and `metrics.binary_sentiment` computes other binary labels from the score.
+The release contains recordings and transcripts of segments. The CMU Multimodal SDK contains the
+sentiment scores. As in the paper, the two classes are scores in [-3, 0) and scores in [0, 3]. The
+score is also stored, and `metrics.binary_sentiment` computes other binary labels from the score.
 """
 
 import pathlib
@@ -133,7 +133,7 @@ class Mosi(DialogueBuilder):
 
     read = staticmethod(read_mosi)
     BUILDER_CONFIGS: ClassVar = [
-        CorpusConfig(name="binary", description="[-3, 0) against [0, 3], and the score.")
+        CorpusConfig(name="binary", description="Scores in [-3, 0) and in [0, 3] as classes.")
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"""
     Get the raw data and the labels with the CMU Multimodal SDK

@@ -34,8 +34,8 @@ def find_recordings(folder: pathlib.Path, paths: Iterable[str]) -> dict[str, pat
     """Finds recordings by their paths in the metadata, in a folder of any layout.
 
     A path is matched by its last components, without the extension. For example,
-    `downloads/urdu/Sad/SF1_S01.wav` matches `Sad/SF1_S01.flac` and `SF1_S01.flac`. A file is not
-    used if the matching components are also the end of another path. For example, if the folder of
+    `downloads/urdu/Sad/SF1_S01.wav` matches `Sad/SF1_S01.flac` and `SF1_S01.flac`. A match is not
+    used if another path in the metadata ends in the same components. For example, if the folder of
     a speaker is missing, `neutral/239.wav` of another speaker is not used instead.
 
     Args:

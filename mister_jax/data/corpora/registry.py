@@ -1,7 +1,7 @@
 """Registry of the released corpora.
 
-To add a corpus, write a module in this folder that defines a `DialogueBuilder`, and add an entry to
-`CORPORA`. Commands and flags are generated from `CORPORA`.
+To add a corpus, write a module in this folder that defines a subclass of `DialogueBuilder`, and add
+an entry to `CORPORA`.
 """
 
 import importlib

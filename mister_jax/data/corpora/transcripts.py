@@ -1,7 +1,7 @@
 """Reads a folder of recordings with transcripts, such as ELAN or Praat annotations.
 
-Each recording becomes a dialogue, and each utterance in its transcript becomes a manifest row.
-Labels come from a tier, a column, or the end of the text, as in "Hello! [happy]".
+Each recording with a transcript becomes a dialogue, and each utterance in the transcript becomes a
+manifest row. Labels come from a tier, a column, or the end of the text, as in "Hello! [happy]".
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class TranscriptOptions:
       label_column: Name of the table column that contains the emotions.
       label_suffix: Whether the emotion is at the end of the text in brackets.
       channel: Channel of the recordings to read, or "split" to read each utterance from the channel
-        that the transcript states.
-      rules: Rules for joining and splitting segments into utterances.
+        that the transcript states, or from "mix" if the transcript states none.
+      rules: Rules that turn segments into utterances.
     """
 
     tier: str | None = None
@@ -63,7 +63,8 @@ def read_transcripts(
       **manifest_options: Options of `corpus_from_rows`, such as `labels`.
 
     Raises:
-      InputError: There is no recording with a transcript, or a transcript cannot be read.
+      InputError: There is no recording with a transcript, two recordings match the same transcript,
+        or a transcript cannot be read.
     """
     folder = existing_directory(source, needed="a folder of recordings with transcripts")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -126,7 +127,7 @@ def _is_beside(transcript: pathlib.Path, stems: set[pathlib.Path]) -> bool:
 def _dialogue_names(
     folder: pathlib.Path, recordings: Iterable[pathlib.Path]
 ) -> dict[pathlib.Path, str]:
-    """Returns an id for each recording: the path without its extension, if that is unique."""
+    """Returns a unique id for each recording: the path without its extension, if possible."""
     paths = {recording: recording.relative_to(folder) for recording in recordings}
     # File names may have surrounding white space, which ids must not have.
     stems = {recording: str(path.with_suffix("")).strip() for recording, path in paths.items()}
@@ -147,14 +148,15 @@ def _rows(
     options: TranscriptOptions,
     notes: list[str],
 ) -> Iterator[Row]:
-    """Yields the utterances of a recording as rows of a manifest, and adds notes."""
+    """Yields the utterances of a recording as rows of a manifest, and appends to `notes`."""
     contents = read_transcript(
         transcript,
         tier=options.tier,
         label_tier=options.label_tier,
         label_column=options.label_column,
         recording=recording.stem,
-        # A folder may contain several formats, each with a different source of labels.
+        # Several label options are meant for a folder with several formats. A transcript then
+        # ignores the options that its format does not support.
         strict=sum(map(bool, (options.label_tier, options.label_column, options.label_suffix))) < 2,
     )
     notes += (f"{transcript.relative_to(folder)}: {note}" for note in contents.notes)

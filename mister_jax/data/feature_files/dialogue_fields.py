@@ -2,8 +2,8 @@
 
 DialogueRNN (arXiv 1811.00405) introduced this kind of file. Most later work on emotion recognition
 in conversations also uses such files, but with other fields or another order of the fields. This
-module recognizes each layout by the kinds of its fields, because all layouts have similar file
-names.
+module recognizes the fields of a tuple or a list by their kinds and order, and the fields of a dict
+by their names and kinds.
 """
 
 import copy
@@ -35,7 +35,7 @@ from mister_jax.data.schema import MODALITIES, SPEAKER_IN_DIALOGUE, SPLITS, UNLA
 
 _ALL = (FEATURES, ONE_HOT, INTEGERS, NUMBERS, TEXT, OTHER)
 
-# Maps each role, and each other entry of a layout, to the allowed kinds of fields.
+# Allowed kinds of fields for each role, and for the other entries in `_LAYOUTS`.
 _KINDS = {
     **dict.fromkeys(("text", "speech", "visual", "other_text"), (FEATURES,)),
     **dict.fromkeys(SPLITS, (IDS,)),
@@ -65,14 +65,14 @@ _LAYOUTS = {
     "DialogueRNN, DialogueGCN (MELD)": (
         f"utterance speaker label text speech sentence {_SPLIT_LISTS} other_label"
     ),
-    # The paper averages the last four layers of RoBERTa.
+    # The four text fields are the last four layers of RoBERTa, which COSMIC averages.
     "COSMIC (IEMOCAP, DailyDialog, EmoryNLP)": (
         f"speaker label text text text text sentence {_SPLIT_LISTS} validation"
     ),
     "COSMIC (MELD)": (
         f"speaker label other_label text text text text sentence {_SPLIT_LISTS} validation"
     ),
-    # The loaders of SDT and GraphSmile take the last layer of RoBERTa.
+    # SDT and GraphSmile use only the first text field, the last layer of RoBERTa.
     "SDT, GraphSmile (IEMOCAP)": (
         "utterance speaker label text other_text other_text other_text speech visual sentence "
         f"{_SPLIT_LISTS}"
@@ -89,8 +89,8 @@ _LAYOUTS = {
 }
 """Maps the name of a layout to one entry per field: a role, a key of `_NOTES`, or "any"."""
 
-# Regular expressions for the names of fields in dicts. `has_name` lowercases a name and removes
-# underscores, spaces and a leading "video" before matching.
+# Regular expressions for the names of fields in dicts. `has_name` lowercases a name, removes
+# underscores and spaces, and matches the result with and without a leading "video".
 _NAMES = {
     "text": r"(text|textual|language|roberta|bert|cls)(features?)?[01]?",
     "speech": r"(audio|acoustic|speech|a)(features?)?",
@@ -110,7 +110,7 @@ _NUM_SAMPLED = 50
 
 @dataclasses.dataclass
 class _DialogueField:
-    """A field that has either a value per dialogue id (`values`) or a list of dialogue ids."""
+    """A field with either the values of each dialogue (`values`) or a list of dialogues (`ids`)."""
 
     kind: str
     dim: int = 0
@@ -130,7 +130,7 @@ def open_dialogue_fields(
     Args:
         path: Path of the file.
         content: Fields in a tuple, a list or a dict.
-        layout: Name of the layout of a dict.
+        layout: Name of the layout if `content` is a dict.
         class_names: Class names in the order of the labels, if known.
 
     Returns:
@@ -180,12 +180,12 @@ def _parse(value: Any, dialogues: set[str]) -> _DialogueField:
 
 
 def _common_kind(values: Iterable[Any]) -> tuple[str, int]:
-    """Returns the kind that all values of a field share, and the feature dimension."""
+    """Returns the kind that the first values of a field share, and the feature dimension."""
     kinds = (kind for value in values if (kind := kind_of(value)) is not None)
     sampled = list(itertools.islice(kinds, _NUM_SAMPLED))
     names = {kind for kind, _ in sampled}
-    # A single dialogue can be misleading: all of its features may be integers or look like one-hot
-    # rows.
+    # A single dialogue can be misleading: all of its numbers may be integers, and all of its
+    # feature vectors may look like one-hot rows.
     for broader, narrower in ((NUMBERS, INTEGERS), (FEATURES, ONE_HOT)):
         if broader in names:
             names.discard(narrower)
@@ -195,7 +195,10 @@ def _common_kind(values: Iterable[Any]) -> tuple[str, int]:
 
 
 def _match_order(fields: Mapping[str, _DialogueField]) -> tuple[str, dict[str, list[str]]]:
-    """Returns the layout whose entries match the kinds of all fields, and the keys by entry."""
+    """Returns the first layout that matches the kinds of all fields, and the keys by entry.
+
+    If no layout matches, only the label is recognized, and only if exactly one field has integers.
+    """
     for layout, order in _LAYOUTS.items():
         entries = order.split()
         if len(entries) == len(fields) and all(
@@ -211,7 +214,10 @@ def _match_order(fields: Mapping[str, _DialogueField]) -> tuple[str, dict[str, l
 
 
 def _match_names(fields: Mapping[str, _DialogueField]) -> dict[str, list[str]]:
-    """Returns, for each entry, the keys of the fields whose names and kinds fit the entry."""
+    """Returns, for each entry, the keys of the fields whose names and kinds fit the entry.
+
+    A role that several fields fit is left out.
+    """
     keys: dict[str, list[str]] = {}
     for key, field in fields.items():
         for entry in _NAMES:
@@ -282,7 +288,10 @@ class DialogueFields(FeatureSource):
         return joined
 
     def columns(self, roles: Roles) -> Columns:
-        """Returns the utterances of all dialogues in the splits."""
+        """Returns the utterances of the dialogues in the splits.
+
+        If the file has no splits, returns the utterances of all dialogues.
+        """
         self._check(roles)
         (label_key,) = roles["label"]
         labels = {
@@ -375,7 +384,7 @@ class DialogueFields(FeatureSource):
         return np.array([UNLABELED if label is None else label for label in labels])
 
     def _splits(self, roles: Roles, labels: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
-        """Returns the split of each dialogue, or an empty dict if the file has no splits."""
+        """Returns the split of each dialogue, or an empty dict if no role is a split."""
         split_of: dict[str, str] = {}
         for split in SPLITS:
             ids = [id_ for key in roles.get(split, ()) for id_ in self._fields[key].ids]
@@ -444,7 +453,8 @@ class DialogueFields(FeatureSource):
         features[~present] = 0
         if len(keys) > 1:
             notes.append(
-                f"{name}: mean of the fields {', '.join(keys)}; --fields={name}={keys[0]} takes one"
+                f"{name}: mean of the fields {', '.join(keys)}; --fields={name}={keys[0]} uses "
+                "only one field"
             )
         if not present.all():
             notes.append(
@@ -462,7 +472,11 @@ class DialogueFields(FeatureSource):
         return texts
 
     def _utterance_ids(self, keys: Sequence[str], lengths: Mapping[str, int]) -> list[str]:
-        """Returns the file's ids if all are unique; otherwise, prefixes ids with the dialogue."""
+        """Returns utterance ids that are unique in the file.
+
+        If the file's ids are unique, they are returned unchanged. Otherwise, the dialogue is put
+        before each id. If an id is missing or repeated in its dialogue, positions replace all ids.
+        """
         dialogues = [dialogue for dialogue, count in lengths.items() for _ in range(count)]
         positions = [str(index) for count in lengths.values() for index in range(count)]
         if keys and all(

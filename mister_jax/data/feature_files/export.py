@@ -28,8 +28,8 @@ def check_output_file(path: pathlib.Path, *, overwrite: bool = False) -> None:
     """Checks that a feature file can be written, before its features are computed.
 
     Raises:
-        InputError: The file exists, its type is unknown, its folder does not exist, or a package is
-            missing.
+        InputError: The file exists and `overwrite` is false, its type is unknown, its folder does
+            not exist, or a package is missing.
     """
     if path.suffix not in FILE_TYPES:
         raise InputError(f"{path}: unknown file type; allowed: {', '.join(FILE_TYPES)}")
@@ -49,11 +49,13 @@ def write_feature_file(
     """Writes the splits of a feature dataset to one file, atomically.
 
     An npz file has the arrays that `read_npz` reads. CSV and Parquet files have the columns
-    utterance, dialogue, position, split, label (a class name), and one column per feature:
-    `text_0`, `speech_0` and so on. A feature column is empty for utterances that lack the modality.
-    If there are ratings, CSV and Parquet files have columns `ratings_CLASS`. All file types have
-    a column for each entry of the utterances' metadata. A modality that no utterance has is left
-    out. If any id occurs in several splits, all ids get the prefix `SPLIT/`.
+    utterance, dialogue, position, split, label (a class name), `text_present`, `speech_present`,
+    and one column per feature: `text_0`, `speech_0` and so on. For an utterance that lacks a
+    modality, the modality's features are empty in CSV files and NaN in Parquet files. If the
+    dataset has scores or ratings, CSV and Parquet files have columns `score` or `ratings_CLASS`.
+    All file types have a column for each entry of the utterances' metadata. A modality that no
+    utterance has is left out. If an utterance id occurs in several splits, all utterance ids get
+    the prefix `SPLIT/`. The same applies to dialogue ids.
 
     Args:
         path: File to write, with an extension from `FILE_TYPES`.

@@ -54,7 +54,7 @@ def _read_arrays(path: pathlib.Path, extra_arrays: tuple[str, ...]) -> dict[str,
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        # If NumPy opened the file itself, it would not close a damaged archive.
+        # `np.load` would not close a damaged archive, so the file is opened here.
         file = path.open("rb")
     except PermissionError as error:
         raise InputError(f"{path}: no permission to read it") from error

@@ -3,7 +3,7 @@
 The contextual LSTM of Poria et al. (ACL 2017) introduced two layouts. The first layout is a tuple.
 For each split, the tuple contains features [D, T, F], labels ([D, T] or one-hot [D, T, C]), and
 lengths [D]. The splits are training and test, and in some files also validation. The second layout
-is a dict of activations with the same arrays by name, but with masks [D, T] instead of lengths.
+is a dict that contains the same arrays by name, but masks [D, T] instead of lengths.
 """
 
 import pathlib
@@ -27,11 +27,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def open_padded_arrays(path: pathlib.Path, content: Any) -> "PaddedArrays | None":
-    """Recognizes padded arrays; returns None if the file has another layout.
-
-    Raises:
-        InputError: The shapes of the arrays do not match.
-    """
+    """Recognizes padded arrays; returns None if the file has another layout."""
     if isinstance(content, dict):
         parts = _parts_by_name(content)
         layout = "padded arrays by name (contextual LSTM)"

@@ -48,20 +48,21 @@ def read_features(
     """Reads and checks the utterance features of an npz file, a pickle or JSON files.
 
     Pickles are read without executing their code. A pickle's layout is recognized from its
-    structure; see `mister_jax.data.feature_files` for the layouts.
+    structure; the modules of this package describe the layouts.
 
     Args:
         path: Path of an npz file (see `read_npz`), a pickle, a JSON file, or a folder with one JSON
             file per split. Alternatively, paths of several pickles that contain the same dialogues:
             the features of later pickles replace the features of earlier pickles, and the field
-            keys of later pickles have a prefix, as in "2:3".
+            keys of later pickles have a prefix ("2:3" is field 3 of the second pickle).
         group_by: Name of an array in an npz file, or "speaker". A random split puts all dialogues
             with the same value into one split.
         seed: Seed of a random split. If the file has splits but no validation split, the same seed
             is used to draw validation dialogues.
         fields: Keys of the fields to use by role, such as `{"text": "3", "speech": "4"}`. These
             keys replace the layout's default keys.
-        labels: Class names in the order of their indices, if the file contains only indices.
+        labels: Class names in the order of their indices. Needed if the file contains only indices
+            and is not a published file whose classes are recognized.
 
     Returns:
         The nonempty splits. The metadata contains `notes` for the user.
@@ -182,7 +183,7 @@ class FeatureFileSummary:
         fields: One table row per field: key, kind, count, dimension, example and use.
         splits: Summary of each split by name; empty if the import fails.
         notes: Notes of the import.
-        problem: Error message of an import with the same choices; empty if the import succeeds.
+        problem: Error message of the import; empty if the import succeeds.
     """
 
     layout: str
@@ -201,7 +202,7 @@ def summarize_file(
 ) -> FeatureFileSummary:
     """Describes a feature file and the fields that `read_features` would import.
 
-    If a required choice is missing, the summary's `problem` says so.
+    If the import needs another argument, the summary's `problem` says so.
 
     Raises:
         InputError: The file cannot be read, its layout is unknown, or a field does not exist.
@@ -291,7 +292,11 @@ def _class_names(
 
 
 def _with_validation(columns: Columns, seed: int, notes: list[str]) -> list[str]:
-    """Returns each utterance's split. Without a validation split, draws one from training."""
+    """Returns each utterance's split.
+
+    If the file has no validation split, validation dialogues are drawn from the training split,
+    unless it has fewer than two dialogues.
+    """
     assert columns.split is not None
     labels: dict[str, list[int | str | None]] = collections.defaultdict(list)
     rows = zip(columns.dialogue, columns.split, columns.label.tolist(), strict=True)

@@ -2,7 +2,8 @@
 
 DAG-ERC (ACL 2021) has one JSON file per split, which contains a list of dialogues. A dialogue is a
 list of utterances such as `{"text": ..., "speaker": ..., "label": ..., "cls": [...]}`. Other
-projects pickle a dict of splits, in which a dialogue is either such a list or a dict of lists.
+projects pickle a dict of splits, in which a dialogue is either such a list or a dict that maps each
+field to a list.
 """
 
 import json
@@ -83,7 +84,10 @@ def open_split_folder(folder: pathlib.Path) -> DialogueFields:
 def open_records(
     path: pathlib.Path, content: Any, *, class_names: list[str] | None = None
 ) -> DialogueFields | None:
-    """Opens a list of dialogues, or a dict with such a list for each split; else returns None.
+    """Opens a list of dialogues, or a dict with such a list for each split.
+
+    Returns:
+        The source, or None if the content has another layout.
 
     Raises:
         InputError: A dialogue id occurs twice.

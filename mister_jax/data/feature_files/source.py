@@ -17,7 +17,7 @@ ROLES = ("text", "speech", "label", "score", "speaker", "sentence", "utterance",
 _MAX_LISTED = 20  # maximum number of fields that an error lists
 
 Roles = Mapping[str, tuple[str, ...]]
-"""Maps each role to the keys of its fields. Several feature fields of a role are averaged."""
+"""Maps each role to the keys of its fields. If a role has several fields, they are averaged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Field:
         count: Number of values and their unit as text, such as "16 dialogues".
         dims: Feature dimension as text; empty if the field does not contain feature vectors.
         example: First value.
-        note: Content of a field that no role can use, such as "visual features"; empty if the
-          field has a role or if its content is unknown.
+        note: Content of a field without a default role, such as "visual features"; empty if the
+            field has a default role or if its content is unknown.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Columns:
         utterance: Ids of the utterances, [N].
         position: Positions in the dialogue, [N].
         label: Class indices [N] int, -1 if unlabeled; or class names [N] str, empty if unlabeled.
-        split: Names of the splits [N], or None if the file has none.
+        split: Names of the splits [N], or None if the file has no splits.
         features: For each modality in the file, features [N, D] and presence flags [N].
         score: Sentiment scores, [N], or None.
         metadata: Additional columns by name, [N] each.
@@ -70,7 +70,7 @@ class Columns:
 
 
 class FeatureSource(abc.ABC):
-    """Content of a feature file whose layout is recognized.
+    """Content of a feature file, with roles for its fields.
 
     Attributes:
         path: Path of the file.
@@ -134,7 +134,7 @@ class FeatureSource(abc.ABC):
         """Returns the utterances.
 
         Raises:
-            InputError: The fields do not match, or a required choice is missing.
+            InputError: The fields have unequal lengths or unsuitable values, or a role is missing.
         """
 
     def describe_fields(self) -> str:

@@ -21,7 +21,7 @@ NEEDED = (
     f"needed: {', '.join(REQUIRED)}, and {' or '.join(MODALITIES)}; optional: {', '.join(OPTIONAL)}"
 )
 
-# Plausible features are smaller. Squares of values above about 1.8e19 overflow in float32.
+# Larger features are rejected as implausible. In float32, squares overflow from about 1.8e19 on.
 _MAX_FEATURE = 1e15
 
 # Allowed values of NumPy's `dtype.kind` for each array, and their description.
@@ -40,7 +40,7 @@ _KINDS = {
 class FeatureTable:
     """Arrays with one row per utterance. `read_npz` describes the arrays.
 
-    All error messages name the file, the array and the row.
+    Error messages about an array name the file, the array and, if possible, the first invalid row.
 
     Args:
         path: File that the arrays come from.
@@ -75,7 +75,7 @@ class FeatureTable:
             utterance_metadata: JSON objects, [N] str; see `DialogueFeatures`.
 
         Raises:
-            InputError: A row cannot be used.
+            InputError: An array or a row cannot be used.
         """
         class_names = self.class_names()
         position = self.array("position")
@@ -147,7 +147,7 @@ class FeatureTable:
         return ratings
 
     def metadata(self, *names: str) -> np.ndarray | None:
-        """Returns the named arrays as JSON objects, [N] str, or None if no array exists."""
+        """Returns the named arrays as JSON objects, [N] str, or None if none of them exists."""
         arrays = {
             name: self.array(name, _ID).tolist()
             for name in dict.fromkeys(names)
@@ -224,7 +224,7 @@ class FeatureTable:
         return features, present
 
     def class_names(self) -> tuple[str, ...]:
-        """Returns the checked class names."""
+        """Checks and returns the class names."""
         names = self.array("class_names").tolist()
         if not names:
             self.fail("class_names", "empty; at least one class is needed")
@@ -280,7 +280,7 @@ class FeatureTable:
     ) -> None:
         """Raises InputError if a dialogue has two splits or two utterances with equal positions.
 
-        `order` [N] sorts the rows by dialogue and position. The other arrays [N] are columns.
+        `order` [N] sorts the rows by dialogue and position. The other arrays [N] are not sorted.
         """
         before, after = order[:-1], order[1:]
         same_dialogue = dialogue[before] == dialogue[after]

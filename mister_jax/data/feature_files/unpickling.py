@@ -1,9 +1,9 @@
 """Reads pickles of plain containers and NumPy arrays, and refuses everything else.
 
-A pickle is a program: it names functions, and the unpickler calls them. This unpickler replaces the
-few functions that pickles of plain values need with functions in this module. These functions check
-their arguments and build arrays from raw bytes. All other names are refused, and their modules are
-never imported.
+A pickle is a program: it names functions, and the unpickler calls them. This unpickler allows the
+built-in types of plain values, and replaces the few other functions that plain values and arrays
+need with functions in this module. These functions check their arguments and build arrays from raw
+bytes. All other names are refused, and their modules are never imported.
 """
 
 import math
@@ -26,7 +26,7 @@ _NUMPY_BUFFER_MODULES = ("numpy.core.numeric", "numpy._core.numeric")
 
 _DTYPE = re.compile(r"[<>=|]?(\?|b1|[iu][1248]|f[248]|[SU]\d*|O\d*)")
 
-# Python 2 pickles have the older name.
+# Python 2 pickles use the older name `__builtin__`.
 _BUILTINS = ("builtins", "__builtin__")
 
 _MAX_RANGE = 10**7
@@ -64,8 +64,8 @@ def load_pickle(path: pathlib.Path) -> Any:
         Nested dicts, lists, tuples and sets with numbers, text and arrays.
 
     Raises:
-        InputError: The file is damaged or is not a pickle, or contains other objects. The one-line
-            message names the function or class that is refused.
+        InputError: The file is damaged or is not a pickle, or contains other objects. For a refused
+            function or class, the one-line message contains its name.
     """
     try:
         with path.open("rb") as file:
@@ -129,13 +129,13 @@ class _DType:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, byte_order, *fields = state
         if any(field is not None for field in fields[:3]):
-            raise _RefusedError(f"holds structured arrays; {_ARRAYS_INSTEAD} without fields")
+            raise _RefusedError("holds structured arrays; save each field as a NumPy array instead")
         if byte_order in ("<", ">"):
             self.value = self.value.newbyteorder(byte_order)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickler that calls only the functions in this module."""
+    """Unpickler that calls only the types in `_TYPES` and the functions in this module."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns the allowed function or type of this name."""
@@ -208,7 +208,7 @@ def _parse_dtype(spec: Any) -> np.dtype:
     spec = spec.decode("latin1") if isinstance(spec, bytes) else spec
     if not isinstance(spec, str) or not _DTYPE.fullmatch(spec):
         raise _RefusedError(
-            f"holds arrays of type {spec!r:.40}; {_ARRAYS_INSTEAD} of numbers or text"
+            f"holds arrays of type {spec!r:.40}; allowed: NumPy arrays of numbers or text"
         )
     return np.dtype("O" if spec.lstrip("<>=|").startswith("O") else spec)
 

@@ -1,4 +1,4 @@
-"""Recognizes and converts the values of one dialogue in a feature file."""
+"""Recognizes and converts the values of a dialogue in a feature file."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,10 +9,10 @@ import numpy as np
 FEATURES, ONE_HOT, INTEGERS, NUMBERS, TEXT, IDS, OTHER = (
     *("features", "one-hot rows", "integers", "numbers", "text", "dialogue ids", "other"),
 )
-"""Kinds of fields."""
+"""Kinds of values that a field of a feature file can hold."""
 
 # Maps the control characters U+0080 to U+009F to the characters that cp1252 encodes with the same
-# bytes. Five of these bytes are undefined in cp1252.
+# bytes, except for five bytes that are undefined in cp1252.
 _WINDOWS = {
     code: character
     for code in range(0x80, 0xA0)
@@ -86,7 +86,7 @@ def _kind_of_rows(rows: np.ndarray) -> tuple[str, int]:
     is_one_hot = np.isin(rows, (0, 1)).all() and (rows.sum(axis=1) == 1).all()
     if is_one_hot and rows.shape[1] > 1:
         return ONE_HOT, rows.shape[1]
-    # Rows of integers are word indices.
+    # Rows of integers are word indices, not features.
     is_whole = rows.dtype.kind in "biu"
     return (OTHER if is_whole else FEATURES), rows.shape[1]
 
@@ -129,7 +129,9 @@ def stack_features(
             raise ValueError(f"{name(index)}: not a vector of numbers")
         if row is not None and len(row):
             if dim and len(row) != dim:
-                raise ValueError(f"{name(index)}: {len(row)} features; needed: {dim}, as before")
+                raise ValueError(
+                    f"{name(index)}: {len(row)} features; needed: {dim}, as in earlier rows"
+                )
             dim = len(row)
         rows.append(row if row is not None and len(row) and np.isfinite(row).all() else None)
     features = np.zeros((len(rows), dim or 1), np.float32)

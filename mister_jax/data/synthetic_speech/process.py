@@ -62,11 +62,11 @@ _EMOTIONS: Mapping[str, _Emotion] = {
 # Groups of emotions that share words.
 _VALENCES = (("neutral",), ("joy", "surprise"), ("sadness", "anger", "fear", "disgust"))
 
-# Probability that a word is emotional. Neutral speakers use fewer emotional words, and draw them
-# from all lists.
+# Probability that a word is emotional. Neutral speakers use fewer emotional words, and draw these
+# words from the lists of all other emotions.
 _EMOTIONAL, _EMOTIONAL_IF_NEUTRAL = 0.75, 0.12
-# Probabilities that an emotional word is from the list of the same emotion, of an emotion with the
-# same valence, or of any emotion.
+# Probabilities that an emotional word is drawn from the list of the same emotion, from all lists of
+# the same valence, or from all lists but neutral.
 _SAME_EMOTION, _SAME_VALENCE, _ANY = 0.4, 0.5, 0.1
 
 _TEMPLATES = (
@@ -90,8 +90,8 @@ class SpokenDialogueProcess(ConversationProcess):
             deviations. Uninformative speech has the mean of the first emotion.
         words: Vocabulary of V words.
         is_feeling: Whether each word is a feeling (true) or a thing (false), [V] bool.
-        word_probability: Probability, for each emotion, of each word among the words of its kind,
-            [C, V].
+        word_probability: Probability of each word among the words of the same kind (feelings or
+            things), given the emotion, [C, V].
         neutral_probability: Word probabilities for uninformative text, [V].
     """
 

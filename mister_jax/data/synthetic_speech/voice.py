@@ -1,4 +1,4 @@
-"""Synthesizes meaningless syllables in a speaking style from harmonics, formants and breath."""
+"""Synthesizes meaningless syllables in a speaking style from harmonics, formants and noise."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 from mister_jax.data.audio import SAMPLE_RATE
 
 # Means and standard deviations of the style's dimensions. Pitch and tempo are base-2 logarithms,
-# because they are perceived in octaves.
+# because listeners perceive their ratios, not their differences.
 PITCH_OCTAVE = (math.log2(165.0), 0.2)  # Hz
 LEVEL = (-28.0, 2.5)  # dB relative to full scale, root mean square
 TEMPO_OCTAVE = (math.log2(4.5), 0.2)  # syllables per second
@@ -16,7 +16,7 @@ TILT = (-10.0, 2.0)  # dB per octave of the voice source
 _MIN_SECONDS, _MAX_SECONDS = 1.0, 3.0
 
 # Formants of five vowels in Hz (after Peterson & Barney 1952), bandwidths of the formants in Hz,
-# and gain at their peaks.
+# and the value that each formant adds to the gain of 1 at its peak.
 _VOWELS = np.array(
     [[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]]
 )
@@ -26,15 +26,15 @@ _PEAK = 6.0
 MIN_FORMANT_SCALE, MAX_FORMANT_SCALE = 0.88, 1.14
 """Range of the ratio of a speaker's formants to `_VOWELS`, which models vocal tract length."""
 
-_BREATH = 0.01  # relative to the voice, root mean square
-_ROOM_NOISE = 8.0  # root mean square, 72 dB below full scale
+_BREATH = 0.01  # amplitude of the breath noise, relative to the root mean square of the harmonics
+_ROOM_NOISE = 8.0  # root mean square in int16 units, 72 dB below full scale
 
 
 def physical_style(style: np.ndarray) -> tuple[float, float, float, float]:
     """Converts a style to pitch in Hz, level in dB, syllables per second and tilt in dB/octave.
 
     Args:
-        style: Pitch, loudness, tempo and brightness in standard deviations [4].
+        style: Pitch, loudness, tempo and brightness in standard deviations from the mean, [4].
     """
     pitch, level, tempo, tilt = (
         middle + deviation * float(value)
@@ -51,8 +51,8 @@ def synthesize(
     """Synthesizes an utterance from a style vector of 4 values and a scale for all formants.
 
     Returns:
-        Samples [S] int16 at `SAMPLE_RATE`. Their geometric mean pitch, root mean square and mean
-        syllable rate match the style.
+        Samples [S] int16 at `SAMPLE_RATE`. Their geometric mean pitch matches the style exactly.
+        Their root mean square and mean syllable rate match the style approximately.
     """
     pitch, level, tempo, tilt = physical_style(style)
     seconds = generator.uniform(_MIN_SECONDS, _MAX_SECONDS)
@@ -66,7 +66,7 @@ def synthesize(
     envelope = stress * (0.08 + 0.92 * np.sin(np.pi * syllable) ** 2)
 
     octave = np.interp(syllable, np.arange(count), generator.normal(scale=0.05, size=count))
-    octave += np.linspace(0.08, -0.08, len(time))  # Pitch declines along a sentence.
+    octave += np.linspace(0.08, -0.08, len(time))  # Pitch declines along an utterance.
     frequency = pitch * 2 ** (octave - octave.mean())
     source = envelope * _harmonics(frequency, tilt)
     source += _BREATH * _rms(source) * envelope * generator.normal(size=len(time))
@@ -79,7 +79,7 @@ def synthesize(
 
 
 def _harmonics(frequency: np.ndarray, tilt: float) -> np.ndarray:
-    """Sums all harmonics of a frequency [S] in Hz to samples [S], with a tilt in dB/octave."""
+    """Returns the sum [S] of the harmonics of a frequency [S] in Hz, with a tilt in dB/octave."""
     angle = np.cumsum(2 * np.pi * frequency / SAMPLE_RATE)
     fundamental = np.exp(1j * (angle % (2 * np.pi))).astype(np.complex64)
     harmonic = fundamental.copy()

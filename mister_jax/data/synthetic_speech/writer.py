@@ -53,9 +53,9 @@ def write_speech_corpus(
     - `manifest.jsonl`: One row per utterance. A row lacks `audio` or `text` if that modality is
       missing. `mister_jax.data.corpora.manifest` reads this file.
     - `audio/DIALOGUE/UTTERANCE.wav`: Recordings at 16 kHz, mono, 16 bits.
-    - `truth.jsonl`: For each row of the manifest, which modality is `uninformative` and which is
-      `missing`, the physical values of the speaking style, and the sampled words. Models must not
-      read this file.
+    - `truth.jsonl`: For each row of the manifest, the modality that is `uninformative` and the
+      modality that is `missing` (null if none), the physical values of the speaking style, and the
+      sampled words. Models must not read this file.
     - `reference_scores.json`: The scores of `dialogue_process.reference_scores` for each split.
     - `arguments.json`: The arguments that determine the other files.
 
@@ -70,8 +70,8 @@ def write_speech_corpus(
         The path of the manifest.
 
     Raises:
-        InputError: The directory contains other files or another corpus, or cannot be written; or
-            `num_dialogues` has no dialogue or an unknown split.
+        InputError: The directory contains other files, contains another corpus and `overwrite` is
+            false, or cannot be written; or `num_dialogues` has no dialogue or an unknown split.
         ValueError: Another argument is out of range.
     """
     directory = pathlib.Path(directory).expanduser().absolute()
@@ -120,10 +120,11 @@ def write_speech_corpus(
 
 
 def _can_reuse(directory: pathlib.Path, arguments: Mapping[str, Any], overwrite: bool) -> bool:
-    """Returns whether a directory contains the requested corpus.
+    """Returns whether the corpus in a directory can be reused. With `overwrite`, returns false.
 
     Raises:
-        InputError: The directory contains something else that must not be replaced.
+        InputError: The directory is not a synthetic speech corpus, or the corpus has other
+            arguments and `overwrite` is false.
     """
     if not all((directory / name).is_file() for name in (MANIFEST, TRUTH, SCORES)):
         raise InputError(f"{directory}: not a synthetic speech corpus, so it is not overwritten")

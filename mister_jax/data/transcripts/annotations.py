@@ -1,4 +1,4 @@
-r"""Reads linguistic annotations: Praat TextGrid, ELAN EAF, CHAT.
+r"""Reads linguistic annotations: Praat TextGrid, ELAN EAF and CHAT.
 
 This module does not use the libraries praatio, pympi-ling and pylangacq. praatio fails on TextGrids
 with comments and on labels such as "item [1]". pympi-ling gives no times to annotations whose time
@@ -44,7 +44,7 @@ def detect_annotations(text: str) -> DetectedFormat | None:
 
 @dataclasses.dataclass(eq=False)
 class Tier:
-    """A tier of an annotation.
+    """A tier: one layer of an annotation, such as the turns of one speaker.
 
     Attributes:
       name: Name of the tier.
@@ -53,7 +53,7 @@ class Tier:
       participant: Speaker of the tier, if the format names one.
       is_points: Whether the tier contains points instead of intervals.
       span: Start and end of the tier, if the format states them.
-      num_untimed: Number of texts whose times are unknown.
+      num_untimed: Number of nonempty texts whose times are unknown. `intervals` omits these texts.
     """
 
     name: str
@@ -80,8 +80,8 @@ class Annotation:
     Attributes:
       path: Path of the file.
       tiers: Tiers in the file.
-      span: Start and end of a TextGrid in seconds.
-      document: Root element of an EAF.
+      span: Start and end of a TextGrid in seconds; None for an EAF.
+      document: Root element of an EAF; None for a TextGrid.
     """
 
     path: str
@@ -127,7 +127,7 @@ def _select(all_tiers: Sequence[Tier], selection: Selection) -> list[Segment]:
         raise InputError(f"has no intervals with text in its tiers; tiers: {listed}")
     if len(label_tiers) not in (0, 1, len(chosen)):
         raise InputError(
-            f"{len(label_tiers)} label tiers for {len(chosen)} tiers; give one, or one for each"
+            f"{len(label_tiers)} label tiers for {len(chosen)} tiers; needed: one, or one per tier"
         )
     segments = []
     for position, tier in enumerate(chosen):
@@ -154,7 +154,7 @@ def _named(tiers: Sequence[Tier], names: str | None, listed: str) -> list[Tier]:
 
 
 def _labeled(segments: Sequence[Segment], labels: Sequence[Segment]) -> Iterator[Segment]:
-    """Labels each segment with the text of the interval that covers most of the segment.
+    """Labels each segment with the text of the label interval that overlaps most with the segment.
 
     If no interval covers at least half of a segment, the segment gets no label.
     """
@@ -176,7 +176,7 @@ def _labeled(segments: Sequence[Segment], labels: Sequence[Segment]) -> Iterator
 
 
 # Like Praat, read only free-standing numbers, strings and flags. The same code can then read the
-# long and the short text format.
+# long and the short text format of TextGrids.
 _PRAAT_TOKEN = re.compile(
     r'(?<!\S)(?:"((?:[^"]|"")*)"|(<\w+>)|([-+]?[\d.]+(?:[eE][-+]?\d+)?)|!.*)(?!\S)'
 )
@@ -336,7 +336,8 @@ def _referring_intervals(
     return times
 
 
-# In older files, the time bullet also contains the name of the media file: %snd:"file"_100_200.
+# A bullet, the time mark of CHAT, contains a start and an end in milliseconds. In older files, it
+# also contains the name of the media file: %snd:"file"_100_200.
 _BULLET = re.compile('\x15\\s*(?:%\\w+:\\s*"[^"]*"_)?(\\d+)_(\\d+)\\s*\x15?')
 _UNINTELLIGIBLE = re.compile(r"(?<![^\s<])(?:xxx?|yyy?|www)(?!\w)")
 # CHAT codes and their replacements, in the order in which they are applied.
@@ -353,12 +354,12 @@ _CHAT_CODES = tuple(
         (r"(?<!\S)&-?", ""),
         # Remove omitted words, which begin with 0.
         (r"(?<!\S)0(?:'?[a-z]\S*)?(?!\S)", " "),
-        # The first rule removes pauses, such as (.) and (1.5). The second rule keeps the letters in
-        # parentheses that are not spoken, such as (be)cause.
+        # The first rule removes pauses, such as (.) and (1.5). The second rule removes only the
+        # parentheses around letters that are not spoken, as in (be)cause.
         (r"\((?:\.+|\d*:?\d*\.\d*)\)", " "),
         (r"[()]", ""),
         # The first two rules replace terminators for trailing off, interruptions and quotations.
-        # The third rule removes linkers, which begin the next utterance.
+        # The third rule removes linkers, which stand at the beginning of an utterance.
         (r"\+\.\.\.?(\??)", r" ...\1"),
         (r"""\+(?:"?/{0,2}|"|!)([.?])""", r" \1"),
         (r"""(?<!\S)\+["^,+≈≋]?(?!\S)""", " "),
@@ -383,7 +384,7 @@ def clean_chat(text: str) -> str:
 
 
 def _read_chat(text: str, selection: Selection, notes: Notes) -> Transcript:
-    # A line that starts with a tab continues the line above.
+    # A line that starts with a tab or a space continues the line above.
     lines = re.sub(r"\n[\t ]+", " ", text).split("\n")
     label_tier = selection.label_tier and "%" + selection.label_tier.lstrip("%")
     dependent_tiers: collections.Counter[str] = collections.Counter()

@@ -58,8 +58,8 @@ class DetectedFormat:
 
     Attributes:
       name: Name of the format.
-      read: Function that returns the segments in the file. The segments may be unsorted and have
-        invalid times.
+      read: Function that returns the transcript in the file. The segments of the transcript may be
+        unsorted and have invalid times.
       options: Options of `Selection` that the format supports. All formats support `speaker`.
     """
 
@@ -103,8 +103,8 @@ def describe_counts(counts: Mapping[str, int]) -> str:
 def channel_indices(names: Iterable[str]) -> dict[str, Channel | None]:
     """Returns the index for each channel name in a file, such as "1" and "2", or "A" and "B".
 
-    If a file names only one channel, the index is None, because files also contain "1" or "A" for
-    mono recordings and for recordings whose channels are mixed.
+    If the names have another form, all indices are None. If a file names only one channel, the
+    index is also None: a single "1" or "A" may also stand for the mix of all channels.
     """
     names = sorted(set(names))
     for first in ("0", "1", "A", "a"):
@@ -115,7 +115,7 @@ def channel_indices(names: Iterable[str]) -> dict[str, Channel | None]:
 
 
 def select_recording(names: Sequence[str], recording: str | None) -> str:
-    """Chooses the recording to read from the names in a file.
+    """Returns the name of the recording to read from a file.
 
     Raises:
       InputError: The file names several recordings, and `recording` is not one of them.

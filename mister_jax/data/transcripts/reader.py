@@ -53,10 +53,11 @@ Manual annotations come first, then JSON files, which often have word times, the
 tables. CTM, which has no sentences, and RTTM, which has no text, come last.
 """
 
-# Control characters, lone surrogates, and noncharacters of Unicode.
+# Control characters, lone surrogates, and the noncharacters U+FFFE and U+FFFF.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
-# Byte order marks. UTF-32 comes first, because its marks begin with the marks of UTF-16.
+# Byte order marks. UTF-32 comes before UTF-16, because the little-endian mark of UTF-32 begins with
+# the little-endian mark of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -81,7 +82,7 @@ def read_transcript(
     Args:
       path: Path of the transcript.
       tier: Name of the TextGrid or EAF tier to read, or several comma-separated names, one for each
-        speaker. Not needed if only one tier of the file has content.
+        speaker. Not needed if only one tier has content, apart from the label tiers.
       speaker: Speaker whose segments are read; by default, all speakers.
       label_tier: Tier of a TextGrid, EAF or CHAT file that contains the emotions. In a TextGrid or
         EAF, a segment gets the label of the interval that covers at least half of the segment.
@@ -89,7 +90,7 @@ def read_transcript(
         `emotion`.
       recording: Name of the recording without its extension. The name selects rows if an STM, CTM,
         RTTM, CSV or TSV file contains several recordings.
-      strict: Whether to raise an error for an option that the format does not support. Otherwise,
+      strict: Whether to raise an error for an option that the format does not support. If false,
         the option is ignored.
 
     Returns:
@@ -151,10 +152,10 @@ def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
     """Returns the transcript next to a recording, or None if the recording has no transcript.
 
     The transcript of `x.wav` is named `x.srt`, `x.wav.srt` or `x.en.srt`, with any extension from
-    `SUFFIXES` in upper or lower case. Files are preferred by the order of their extensions in
-    `SUFFIXES`, then `x.srt` over `x.wav.srt`, then the shorter name. The search skips JSON, CSV and
-    TSV files that are not transcripts, and SRT, WebVTT, CSV and EAF files that `mister-jax predict`
-    has written.
+    `SUFFIXES` in upper or lower case. If several files match, the order of the extensions in
+    `SUFFIXES` decides. For equal extensions, the order is `x.srt`, `x.wav.srt`, then all other
+    names, from the shortest to the longest. The search skips JSON, CSV and TSV files that are not
+    transcripts, and SRT, WebVTT, CSV and EAF files that `mister-jax predict` has written.
     """
     return TranscriptFinder().find(recording)
 
@@ -226,7 +227,7 @@ def _is_prediction(path: pathlib.Path) -> bool:
     if suffix == ".vtt":
         return bool(re.match(r"WEBVTT\n\nSTYLE\n::cue\(\.", text)) and "<c." in text
     if suffix == ".srt":
-        # In predictions, the first line of every cue is the emotion in brackets and then the text.
+        # In predictions, the first line of every cue is the emotion in brackets and some text.
         texts = re.findall(r"-->.*\n(.+)", text)
         return bool(texts) and all(re.match(r"\[[^\]]+\] \S", line) for line in texts)
     return suffix == ".eaf" and 'AUTHOR="mister_jax"' in text
@@ -285,7 +286,7 @@ def _decode(data: bytes, notes: Notes) -> str:
 
 
 def _checked(segments: Sequence[Segment], notes: Notes) -> list[Segment]:
-    """Returns the segments whose length is positive, sorted by start."""
+    """Checks and repairs the segments, and returns segments of positive length sorted by start."""
     checked = []
     for segment in segments:
         if not (math.isfinite(segment.start) and math.isfinite(segment.end)):

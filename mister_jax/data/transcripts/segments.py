@@ -22,7 +22,7 @@ class Segment:
 
     Attributes:
       start: Start in seconds from the beginning of the recording.
-      end: End in seconds, later than `start`.
+      end: End in seconds from the beginning of the recording.
       text: Text, empty if there is none.
       speaker: Name of the speaker, if known.
       channel: Channel of the recording to read; None reads the default channel.
@@ -45,9 +45,9 @@ class Transcript:
 
     Attributes:
       format: Name of the detected format, such as "SRT" or "Praat TextGrid".
-      segments: Segments, sorted by start time.
-      notes: Notes for the user on segments that were left out or repaired.
-      has_text: Whether the format contains text. For example, RTTM contains only turns.
+      segments: Segments. `read_transcript` sorts the segments by start time.
+      notes: Notes for the user, for example on segments that were left out.
+      has_text: Whether the file contains text. For example, an RTTM contains only turns.
     """
 
     format: str

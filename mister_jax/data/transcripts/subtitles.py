@@ -1,9 +1,9 @@
-"""Reads subtitles: SRT, WebVTT, ASS and SSA, TTML, SAMI.
+"""Reads subtitles: SRT, WebVTT, ASS, SSA, TTML and SAMI.
 
-This module uses pysubs2 to parse TTML, SAMI and ASS markup. The module parses SRT and WebVTT cues
-itself, because pysubs2 reads cue lines without the surrounding structure: pysubs2 treats cue
-identifiers and comments as text, and reads 100:00:00 as 00:00:00. This module also parses the lines
-of ASS events itself, because pysubs2 ignores the declared order of the events' fields.
+pysubs2 parses TTML files, SAMI files, and the markup in the texts of ASS and SSA events. This
+module parses SRT and WebVTT cues itself, because pysubs2 treats cue identifiers and comments as
+text, and reads 100:00:00 as 00:00:00. The module also parses the lines of ASS and SSA events
+itself, because pysubs2 ignores the declared order of the events' fields.
 """
 
 from __future__ import annotations

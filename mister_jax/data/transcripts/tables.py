@@ -40,7 +40,7 @@ _ALIASES = {
 }
 _UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3}
 _UNITS |= {"millis": 1e-3, "milliseconds": 1e-3}
-# Maps a column name, such as `start_ms`, to the column and its unit.
+# Maps a normalized column name, such as "startms", to the column and its unit in seconds.
 _COLUMNS = {
     name + unit: (column, scale)
     for column, names in _ALIASES.items()
@@ -54,7 +54,8 @@ def detect_table(text: str, suffix: str) -> DetectedFormat | None:
 
     Args:
       text: Content of the file.
-      suffix: Lower-case extension of the file, used only if the text could be an STM or a CTM.
+      suffix: Lower-case extension of the file, used only if the text is valid both as an STM and as
+        a CTM.
     """
     lines = [line.split() for line in text.split("\n")]
     rows = [row for row in lines if row and not row[0].startswith(";;")]
@@ -113,7 +114,7 @@ def _of_recording(
 def _read_rttm(rows: list[list[str]], selection: Selection, notes: Notes) -> Transcript:
     turns = [row for row in rows if row[0] == "SPEAKER"]
     if not turns:
-        raise InputError("has no SPEAKER lines, the turns of an RTTM")
+        raise InputError("has no SPEAKER lines, which contain the turns of an RTTM")
     turns, channels = _of_recording(turns, 1, selection.recording)
     segments = []
     for row, channel in zip(turns, channels, strict=True):
@@ -159,8 +160,8 @@ class _Table:
     """A table with a column `start`, and a column `end` or `duration`.
 
     Attributes:
-      columns: Index of each recognized column, and the factor that converts its values to seconds.
-        The keys are keys of `_ALIASES`.
+      columns: Index of each recognized column, and the factor that converts the column's times to
+        seconds. The keys are keys of `_ALIASES`.
       header: Names of all columns as in the file; empty if the file has no header.
       rows: Fields of each row below the header.
     """
@@ -184,7 +185,7 @@ def _parse_table(text: str, delimiter: str) -> _Table | None:
             columns.setdefault(column, (index, scale))
     if "start" in columns and ("end" in columns or "duration" in columns):
         return _Table(columns, tuple(name.strip() for name in rows[0]), tuple(rows[1:]))
-    # whisper-timestamped writes text, start and end; Audacity writes start, end and text.
+    # Without a header: whisper-timestamped writes text, start, end; Audacity start, end, text.
     for order in (("text", "start", "end"), ("start", "end", "text")):
         start, end = order.index("start"), order.index("end")
         if all(len(row) == 3 and _is_time(row[start]) and _is_time(row[end]) for row in rows):

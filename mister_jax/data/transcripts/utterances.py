@@ -1,7 +1,7 @@
 """Makes utterances from the segments of a transcript.
 
-Subtitles, intervals and recognized words are not utterances: a sentence may span several cues, and
-a segment may contain several sentences.
+A segment, such as a subtitle or a recognized word, is not always an utterance: a sentence may span
+several segments, and a segment may contain several sentences.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class UtteranceRules:
 
     Attributes:
       max_gap: Longest silence in seconds between two segments of a sentence.
-      max_seconds: Longest utterance that joining may create. Longer segments are split where
-        possible.
-      min_seconds: Shortest utterance that splitting may create.
+      max_seconds: Length in seconds of the longest utterance that joining may create. Longer
+        segments are split where possible.
+      min_seconds: Length in seconds of the shortest utterance that splitting may create.
       sentence_ends: Characters that end a sentence.
       closing: Quotation marks and brackets that may follow the end of a sentence.
       abbreviations: Words in lower case whose period does not end a sentence. Initials, such as
@@ -50,7 +50,7 @@ class UtteranceRules:
         for name in ("max_gap", "max_seconds", "min_seconds"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise InputError(f"{name}={value}; allowed: seconds from 0")
+                raise InputError(f"{name}={value}; allowed: 0 or more seconds")
         if self.min_seconds >= self.max_seconds:
             raise InputError(
                 f"min_seconds={self.min_seconds} is not below max_seconds={self.max_seconds}"
@@ -165,7 +165,8 @@ def _split(segment: Segment, rules: UtteranceRules) -> list[Segment]:
     times = [segment.start + duration * offset / len(segment.text) for offset in offsets]
     cuts, part_start = [], segment.start
     for offset, time, after in zip(offsets, times, [*times[1:], segment.end], strict=False):
-        # With the next sentence, the part before this split would be too long.
+        # Without a split here, the current part would also contain the next sentence, and would be
+        # too long.
         if after - part_start > rules.max_seconds:
             cuts.append(_Cut(offset, time, time))
             part_start = time
@@ -248,7 +249,7 @@ def _split_at_pauses(segment: Segment, rules: UtteranceRules) -> list[Segment]:
     cuts = [
         cut for index, offset in enumerate(offsets) if (cut := _cut_at_word(segment, index, offset))
     ]
-    # If pauses are equally long, for example all 0, a pause near the middle is used.
+    # If pauses are equally long, for example all 0, the pause nearest to the middle is used.
     cuts.sort(key=lambda cut: (round(cut.start - cut.end, 2), -abs(cut.start - middle)))
     while cuts:
         parts = _apply(segment, [cuts.pop()], rules)

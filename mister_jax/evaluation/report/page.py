@@ -133,7 +133,7 @@ def _sections(
 
 
 def read_utterance_texts(features: Any, data_dir: epath.PathLike | None = None) -> dict[str, str]:
-    """Reads a split's transcripts from the dialogue dataset from which features were extracted.
+    """Reads a split's transcripts from the dialogue dataset that the features were extracted from.
 
     Returns:
       Transcripts by utterance id; empty if the dataset is not available.
@@ -142,7 +142,7 @@ def read_utterance_texts(features: Any, data_dir: epath.PathLike | None = None) 
     name = source.get("dataset") if isinstance(source, Mapping) else None
     try:
         dataset = DialogueDataset(name or features.name, data_dir)
-        # A fold of a cross-validation has dialogues from all splits.
+        # A fold of a cross-validation may have dialogues from all splits.
         splits = dataset.splits if FOLD in features.metadata else (features.split,)
         dialogues = itertools.chain.from_iterable([dataset.dialogues(split) for split in splits])
     except InputError:  # Transcripts are optional in a report.
@@ -152,7 +152,7 @@ def read_utterance_texts(features: Any, data_dir: epath.PathLike | None = None) 
 
 
 def dialogue_data(predictions: SplitPredictions, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the data of the dialogue view as columns with one value per utterance.
+    """Returns the data of the dialogue view. Utterances are grouped by dialogue.
 
     Probabilities and gate weights are integers in thousandths, to keep the report small.
     """

@@ -127,7 +127,7 @@ def render_sentiment(conventions: Mapping[str, Mapping[str, Any]]) -> str:
 def render_regression(regression: Mapping[str, Any]) -> str:
     """Renders the scores of `metrics.regression_scores`."""
     rows = [(escape(name), value) for name, value in regression_rows(regression)]
-    caption = f"Predicted against annotated score of {regression['utterances']:,} utterances"
+    caption = f"Predicted and annotated scores of {regression['utterances']:,} utterances"
     return table(caption, ("measure", "value"), rows)
 
 
@@ -135,8 +135,8 @@ def render_raters(raters: Mapping[str, Any]) -> str:
     """Renders the scores of `metrics.rater_scores`."""
     rows = [(escape(name), value) for name, value in rater_rows(raters)]
     caption = (
-        f"Predicted distribution against {raters['mean_raters']:.1f} raters of each of "
-        f"{raters['utterances']:,} utterances, also without a majority"
+        f"Predicted distributions and the ratings of {raters['utterances']:,} utterances "
+        f"({raters['mean_raters']:.1f} raters on average), with or without a majority"
     )
     return table(caption, ("measure", "value"), rows)
 
@@ -292,7 +292,10 @@ def render_abstention(predictions: SplitPredictions, bootstrap: DialogueBootstra
         f"{curve.error:.3f} with random confidences (dashed) and {curve.best_area:.3f} if all "
         "correct predictions were more confident than all wrong ones."
     )
-    note = "<code>mister-jax predict --min_confidence</code> marks the others as uncertain."
+    note = (
+        "<code>mister-jax predict --min_confidence</code> marks predictions below a minimum "
+        "confidence as uncertain."
+    )
     head = ("minimum confidence", "kept", "accuracy", "weighted F1")
     return "".join(
         (
@@ -318,7 +321,7 @@ def render_missing_modality(study: Mapping[str, Any]) -> str:
     lead = (
         "Weighted F1 when random utterances lose a modality: mean and standard deviation of "
         f"several draws. The dashed line is the score with nothing dropped, "
-        f"{study['complete']:.3f}. The loss is the difference from it, with its 95% interval."
+        f"{study['complete']:.3f}. The loss is the decrease from this score, with a 95% interval."
     )
     head = ("share without speech", "share without text", "weighted F1", "loss")
     names = missing_modality_lines(study)

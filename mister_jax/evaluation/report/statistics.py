@@ -41,9 +41,9 @@ def score_models(
     bootstrap: DialogueBootstrap,
     reference_scores: Mapping[str, Mapping[str, float]],
 ) -> list[ScoredModel]:
-    """Scores the model, each expert, the experts' mean and the majority class; adds references.
+    """Scores the model, each expert, the experts' mean and the majority class.
 
-    The split must have at least one label.
+    The reference scores are added to the result. The split must have at least one label.
     """
     label = predictions.label[predictions.labeled]
     majority = np.bincount(label, minlength=len(predictions.class_names)).argmax()
@@ -60,7 +60,7 @@ def score_models(
         scores = bootstrap.scores(predicted)
         difference = None
         if kind != "model":
-            # The model is scored on the utterances for which the expert votes.
+            # An expert may not vote on all utterances, so score the model on the same utterances.
             same = np.where(predicted >= 0, predictions.predicted, NO_VOTE)
             value, resampled = scores["weighted_f1"]
             model_value, model_resampled = bootstrap.scores(same)["weighted_f1"]
@@ -160,7 +160,7 @@ class KeptUtterances(NamedTuple):
 
 
 def abstention(predictions: SplitPredictions, bootstrap: DialogueBootstrap) -> list[KeptUtterances]:
-    """Scores the labeled utterances above minimum confidences that increase from 0."""
+    """Scores the labeled utterances that remain at each of several minimum confidences."""
     confidence = predictions.probabilities.max(-1)
     total = bootstrap.scores(predictions.predicted)["utterances"]
     rows: list[KeptUtterances] = []

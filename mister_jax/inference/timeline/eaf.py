@@ -26,7 +26,7 @@ from mister_jax.inference.timeline.tiers import (
 
 _XSI = "http://www.w3.org/2001/XMLSchema-instance"
 _SCHEMA = "http://www.mpi.nl/tools/elan/EAFv3.0.xsd"
-# Elements that come before tiers and their types, in the required order.
+# Tags that the schema requires before the time slots, tiers, linguistic types and constraints.
 _BEFORE_TIMES = ("LICENSE", "HEADER")
 _BEFORE_TIERS = (*_BEFORE_TIMES, "TIME_ORDER", "TIER")
 _BEFORE_TYPES = (*_BEFORE_TIERS, "LINGUISTIC_TYPE")
@@ -41,10 +41,10 @@ def to_eaf(path: epath.PathLike, rows: Sequence[Row], given: Annotation | None =
     an utterance may cover several intervals of the file, or a part of an interval.
 
     Args:
-      path: File that will contain the document; ELAN finds the recording relative to it.
+      path: File that will contain the document. Relative links are relative to its folder.
       rows: Rows of one recording, sorted by start time.
-      given: Annotation to which the emotion tiers are added. An EAF keeps all its content. If the
-        annotation is a TextGrid, only its interval tiers are copied.
+      given: Annotation to which the emotion tiers are added. An EAF document keeps its
+        content; from a TextGrid, only the interval tiers are copied.
     """
     ET.register_namespace("xsi", _XSI)
     if given is None or given.document is None:
@@ -96,7 +96,7 @@ class _Document:
         self.root = root
         self._unit = eaf_unit(root)
         self._new_slots: list[ET.Element] = []
-        # Ids are unique in the entire document.
+        # Ids must be unique in the entire document.
         ids = (value for element in root.iter() for value in element.attrib.values())
         numbers = (match for it in ids if (match := re.fullmatch(r"(?:a|ts)(\d{1,15})", it)))
         self._last_id = max((int(match[1]) for match in numbers), default=0)
@@ -157,7 +157,7 @@ class _Document:
         header = self._child("HEADER", ("LICENSE",), MEDIA_FILE="", TIME_UNITS="milliseconds")
         descriptors = header.findall("MEDIA_DESCRIPTOR")
         new = _media_descriptor(path, recording)
-        # Links may be percent-encoded or not.
+        # Existing links may be percent-encoded or not; `new` has the name in both forms.
         if _linked_names([new]).isdisjoint(_linked_names(descriptors)):
             header.insert(len(descriptors), new)
 

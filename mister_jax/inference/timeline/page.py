@@ -38,7 +38,7 @@ def timeline_html(
     Args:
       path: File that will contain the page. The link to the recording is relative to this file.
       rows: Rows of one recording, sorted by start time.
-      embed_audio: Whether the page contains the audio as MP3, 14 MB per hour.
+      embed_audio: Whether the page contains the audio as MP3 in base64, 19 MB per hour.
       channels: Channel to show and embed; "split" shows the mix.
 
     Raises:
@@ -74,7 +74,7 @@ def timeline_html(
 
 
 def timeline_data(rows: Sequence[Row], waveform: Waveform) -> dict[str, Any]:
-    """Returns the page's data as columns with one value per utterance.
+    """Returns the page's data, with the values of all utterances in one list per field.
 
     Probabilities and gate weights are integers in thousandths, to keep the page small. Emotions,
     votes and speakers are indices, and -1 stands for a missing value.
@@ -83,7 +83,7 @@ def timeline_data(rows: Sequence[Row], waveform: Waveform) -> dict[str, Any]:
         dict.fromkeys(name for row in rows for name in (*row["probabilities"], row["emotion"]))
     )
     experts = list(rows[0].get("experts") or {})
-    # Experts that never vote are disabled in the model.
+    # Experts that never vote are disabled in the model, or every utterance lacks their modality.
     experts = [name for name in experts if any(row["experts"].get(name) for row in rows)]
     speakers = sorted({one_line(row.get("speaker")) for row in rows} - {""})
     index = {name: number for number, name in enumerate(classes)}
@@ -122,7 +122,6 @@ def _relative_url(path: epath.PathLike, recording: str) -> str:
     absolute = pathlib.Path(recording).absolute()
     folder = pathlib.Path(os.fspath(path)).absolute().parent
     relative = pathlib.PurePath(os.path.relpath(absolute, folder)).as_posix()
-    # Without "./", browsers would read the part of a name before a colon as a URL scheme.
     return "./" + urllib.parse.quote(relative, errors="surrogateescape")
 
 

@@ -14,7 +14,7 @@ class Color(NamedTuple):
 
 
 # The hues of Paul Tol's "bright" scheme and an orange. The shades remain distinguishable with
-# protanopia, deuteranopia and tritanopia: the CIE 1976 difference of any two colors is at least 20.
+# protanopia, deuteranopia and tritanopia: the CIE 1976 color difference of any two is at least 20.
 # The contrast with the background is at least 3 to 1.
 _COLORS = {
     "gray": Color("#919191", "#cccccc"),

@@ -24,7 +24,8 @@ def check_timeline_rows(path: epath.PathLike, rows: Sequence[Row]) -> list[Row]:
       rows: Prediction rows; see `EmotionRecognizer.predict_recording`.
 
     Raises:
-      InputError: There are no rows, a row has no times, or the rows belong to several recordings.
+      InputError: There are no rows, a row has no times or does not end after its start, or the rows
+        belong to several recordings.
     """
     recordings = {row.get("recording") for row in rows}
     if len(recordings) > 1:
@@ -45,12 +46,12 @@ def milliseconds(row: Row) -> tuple[int, int]:
 
 
 def storable(text: str) -> str:
-    """Returns a text without characters that XML and UTF-8 cannot store."""
+    """Returns a text in which characters that XML or UTF-8 cannot store are replaced."""
     return _FORBIDDEN.sub("\ufffd", text)
 
 
 def one_line(text: object) -> str:
-    """Returns a text with single spaces and without characters that no format can store."""
+    """Returns the result of `storable` with each run of whitespace replaced by one space."""
     return " ".join(storable("" if text is None else str(text)).split())
 
 
@@ -60,7 +61,7 @@ def shown_emotion(row: Row) -> str:
 
 
 def recording_seconds(rows: Sequence[Row]) -> float:
-    """Returns the recording's length, or the end of the last row if the recording is missing."""
+    """Returns the recording's length if known, but at least the end of the last row."""
     last_end = max(row["end"] for row in rows)
     if not rows[0].get("recording"):
         return last_end

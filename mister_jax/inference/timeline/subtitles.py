@@ -13,8 +13,8 @@ from mister_jax.inference.timeline.rows import Row, milliseconds, one_line, show
 def to_srt(rows: Sequence[Row]) -> str:
     """Returns SRT subtitles such as "[joy] Ann: We won!", or "[joy?]" if the emotion is uncertain.
 
-    SRT has no escapes, so the text is stored unchanged, except for arrows, which would look like
-    timing lines.
+    SRT has no escape sequences, so the text is not escaped. Only arrows are replaced, because they
+    would look like timing lines.
     """
     cues = []
     for number, row in enumerate(rows, start=1):

@@ -84,7 +84,7 @@ def _snap(interval: Interval, boundaries: Sequence[float]) -> Interval:
 
 
 def _fill_gaps(intervals: Iterable[Interval], start: float, end: float) -> Iterator[Interval]:
-    """Yields the intervals of a tier, with empty intervals between them, as Praat requires."""
+    """Yields the intervals of a tier, and empty intervals in the gaps, as Praat requires."""
     position = start
     for interval_start, interval_end, text in intervals:
         # Rounded times may be before the start or after the end of the annotation.

@@ -4,8 +4,8 @@ Every speaker has a text tier, named after the speaker, and an emotion tier, suc
 emotion". Without speakers, the tiers are "text" and "emotion". Intervals in a tier must not
 overlap, so overlapping utterances of a speaker are put in further tiers, such as "Ann 2".
 
-If the transcript is an annotation file, its tiers are kept unchanged, and the emotion tiers are
-added under names that the annotation does not use.
+If the transcript is an annotation file, its tiers are kept as far as the output format allows, and
+the emotion tiers are added under names that the annotation does not use.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def row_intervals(rows: Iterable[Row], key: str) -> list[Interval]:
 
 
 def interval_tiers(given: Iterable[Tier]) -> Iterator[tuple[Tier, str, list[Interval]]]:
-    """Yields each interval tier of another format, with a unique name and sorted intervals.
+    """Yields each interval tier of an annotation, with a unique name and sorted intervals.
 
     Intervals that overlap other intervals of the tier are put in further tiers, such as "Ann 2".
     """

@@ -79,7 +79,7 @@ def waveform_peaks(
 
 
 def _blocks(recording: str | os.PathLike[str], channel: Channel) -> Iterator[np.ndarray]:
-    # Blocks of 30 s consist of complete bins.
+    # A block of 30 s contains a whole number of bins, so no bin spans two blocks.
     return (block.samples for block in stream_blocks(recording, channel) if len(block.samples))
 
 

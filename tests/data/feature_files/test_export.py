@@ -14,7 +14,7 @@ from mister_jax.errors import InputError
 
 
 def make_splits(*, dtype=np.float32, same_ids=False):
-    """Returns two splits with 3 and 2 utterances, one without speech and one unlabeled."""
+    """Returns splits of 3 and 2 utterances. In each, one has no speech and one has no label."""
     generator = np.random.default_rng(0)
     splits = {}
     for split, lengths in {"train": [1, 2], "test": [2]}.items():

@@ -87,7 +87,7 @@ class Call:
 
 
 def by_extension(function, *arguments):
-    """Pickles a function call in which a code of `copyreg`'s registry names the function."""
+    """Pickles a function call that refers to the function by an extension code of `copyreg`."""
     copyreg.add_extension(function.__module__, function.__name__, 240)
     try:
         return pickle.dumps(Call(function, *arguments), 2)
@@ -96,7 +96,7 @@ def by_extension(function, *arguments):
 
 
 def attacks(mark: pathlib.Path) -> dict[str, bytes]:
-    """Returns pickles that would create the file `mark`, keyed by the function that they call."""
+    """Returns malicious pickles by the function that they name; most try to create `mark`."""
     command, code = f"touch {mark}", f"open({str(mark)!r}, 'w').close()"
     text = command.encode()
     stack_global = b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c"

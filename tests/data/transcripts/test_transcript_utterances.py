@@ -19,7 +19,7 @@ def segment(start, end, text, speaker=None, **fields):
 
 
 def timed(text, start=0.0, step=1.0, **fields):
-    """A segment whose words last `step` each."""
+    """Returns a segment whose words last `step` seconds each."""
     words = tuple(
         Word(word, start + step * index, start + step * (index + 1))
         for index, word in enumerate(text.split())
@@ -162,7 +162,7 @@ def test_long_sentences_are_split_at_their_longest_pauses():
 def test_rules_are_checked():
     for name in ("max_gap", "max_seconds", "min_seconds"):
         for value in (-1, float("nan"), float("inf")):
-            with pytest.raises(InputError, match=f"{name}=.*; allowed: seconds from 0"):
+            with pytest.raises(InputError, match=f"{name}=.*; allowed: 0 or more seconds"):
                 UtteranceRules(**{name: value})
     with pytest.raises(InputError, match=r"min_seconds=3 is not below max_seconds=2"):
         UtteranceRules(min_seconds=3, max_seconds=2)

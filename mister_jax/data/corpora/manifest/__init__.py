@@ -1,1 +1,1 @@
-"""Manifests: user dialogues listed in a JSON Lines or CSV file."""
+"""Manifests: JSON Lines or CSV files in which users list their own dialogues."""

@@ -9,24 +9,25 @@ A row has these fields. A field that is missing, null or empty counts as absent.
   id must be unique.
 - `order`: A number that orders the utterances in a dialogue.
 - `start`, `end`: Seconds from the beginning of the dialogue. Without `order`, `start` orders the
-  utterances. If several rows have the same recording, `start` and `end` also select each row's
-  segment of the recording.
+  utterances.
 - `audio`: Path of an audio or video file, relative to the manifest's folder. White space around the
   path is ignored, unless it is part of an existing file's name.
 - `audio_start`, `audio_end`: Start and end of the utterance in seconds from the beginning of
-  `audio`, if these differ from `start` and `end`.
-- `audio_channel`: `mix` (default), `left`, `right`, or the index of a channel from 0.
+  `audio`. Without these fields, the utterance is the whole recording, or the segment from `start`
+  to `end` if several rows have the same recording.
+- `audio_channel`: `mix` (default), `left`, `right`, or a channel index, counted from 0.
 - `text`: The transcript. A row needs `audio` or `text`.
 - `label`: The emotion. Rows without a label only serve as context for other rows.
 - `score`: The sentiment, from -3 to 3.
 - `ratings`: Number of raters who chose each emotion, as a JSON object such as
   `{"happy": 2, "sad": 1}`. If `label` is absent, the label is the emotion that more than half of
-  the raters chose.
+  the raters chose, if any.
 - `split`: `train`, `validation` or `test`, equal for all rows in a dialogue. If no row has a split,
   dialogues are split at random.
-- `speaker`: The speaker. Random splits put each speaker into one split. No model reads this field.
+- `speaker`: The speaker. By default, a random split puts each speaker into one split if possible.
+  No model reads this field.
 
-Extra columns are kept as metadata, which is copied to the output. No model reads extra columns.
+Extra columns, which no model reads, are kept as metadata and copied to the predictions.
 """
 
 import collections
@@ -74,8 +75,8 @@ def read_manifest(
 
     Args:
         source: Path of a UTF-8 `.jsonl`, `.csv` or `.tsv` file. The separator in a CSV file may be
-            a comma, a semicolon, a tab or a bar.
-        labels: Ordered class names; by default the sorted names in the file.
+            a comma, a semicolon, a tab or a vertical bar.
+        labels: Ordered class names; by default, the sorted names in the file.
         label_map: Map from names in the file to class names. An empty class name makes a row
             unlabeled. To allow a name that looks like a mistake, map the name to itself.
         check_labels: Whether to reject labels that look like mistakes.
@@ -83,14 +84,15 @@ def read_manifest(
             equal values in this column into one split. The default is `speaker`, if the manifest
             has that column.
         seed: Seed of the random split.
-        fractions: Fractions of dialogues for the three splits.
+        fractions: Fractions of dialogues for training, validation and test.
 
     Returns:
         The corpus. Utterance ids are `DIALOGUE/UTTERANCE`; dialogues are in the order of their
         first rows.
 
     Raises:
-        InputError: The file or a row is invalid. The message names file, row and field.
+        InputError: The file, a row or an option is invalid. For an invalid field, the message names
+            the file, the row and the field.
     """
     path = pathlib.Path(source).expanduser()
     if not path.is_file():
@@ -128,13 +130,14 @@ def corpus_from_rows(
 
     Args:
         rows: Rows of the manifest, at least one.
-        source: Path of the manifest. The file's name becomes the corpus's name.
+        source: Path of the manifest, or of the folder that the rows describe. The name without its
+            extension becomes the name of the corpus.
         labels: Ordered class names.
         label_map: Map from names in the rows to class names.
         check_labels: Whether to reject labels that look like mistakes.
         group_by: Column by which random splits group dialogues.
         seed: Seed of the random split.
-        fractions: Fractions of dialogues for the three splits.
+        fractions: Fractions of dialogues for training, validation and test.
 
     Raises:
         InputError: A row or a label is invalid.
@@ -151,8 +154,8 @@ def corpus_from_rows(
     ]
     if cut:
         notes.append(
-            f"{len(cut)} utterances cut by start and end from {len(set(cut))} recordings that "
-            "several rows have"
+            f"start and end select {len(cut)} utterances in {len(set(cut))} recordings, because "
+            "several rows have the same recording"
         )
     label_map = label_map or {}
     utterances = [
@@ -200,12 +203,12 @@ def corpus_from_rows(
 
 
 class Row(Fields):
-    """A row of a manifest, which omits absent fields.
+    """A row of a manifest.
 
     Args:
         location: Location of the row, with which every error message starts.
         folder: Folder to which paths of recordings are relative.
-        values: Fields by name.
+        values: Fields by name, without absent fields.
     """
 
     def __init__(self, location: str, folder: pathlib.Path, values: Mapping[str, Any]) -> None:
