@@ -6,8 +6,8 @@ DATASET is a dataset of dialogue features from `mister-jax extract` or `prepare`
 of `VARIANTS`. All datasets use the same recipe, which was chosen by cross-validation on training
 and validation dialogues.
 
-Hardware: two CPU cores. The 100 epochs of `paper` take 19 minutes on `mosi_features` and 27 minutes
-on `meld_dev_features`, with other programs running.
+Hardware: two CPU cores. With the variant `paper`, the 100 epochs take 19 minutes on `mosi_features`
+and 27 minutes on `meld_dev_features`, with other programs running.
 
 Result: test weighted F1 of the epoch that is best on validation, mean +- standard deviation of five
 seeds:

@@ -1,8 +1,9 @@
-"""Bundles: folders with a trained model and everything that prediction needs.
+"""Bundles: folders from which a trained model can predict on any machine.
 
 A bundle has `config.json`, `model.safetensors` and a model card, `README.md`. The folder `encoders`
-contains copies of encoders; encoders on the Hugging Face Hub need no copy. A bundle has no absolute
-paths, so users can move and share it. In `config.json`, "./" stands for the bundle's folder.
+contains copies of encoders; encoders on the Hugging Face Hub may be downloaded instead. A bundle
+has no absolute paths, so users can move and share it. In `config.json`, "./" stands for the
+bundle's folder.
 """
 
 from __future__ import annotations

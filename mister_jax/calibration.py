@@ -113,10 +113,10 @@ def fit_calibration(
 ) -> Calibration | None:
     """Fits a calibration that minimizes the mean negative log-likelihood of the labels.
 
-    The inverse temperature and the biases have Gaussian priors with a standard deviation of 1. The
-    means of the priors, 1 and 0, leave the probabilities unchanged. Without the priors, a few
-    predictions that are all correct would give the minimum temperature. The fitted calibration
-    never makes the likelihood of these labels worse.
+    The inverse temperature and the biases have Gaussian priors with a standard deviation of 1 and
+    means of 1 and 0. At these means, the calibration does not change the probabilities. Without the
+    priors, a few predictions that are all correct would give the minimum temperature. The fitted
+    calibration never makes the likelihood of these labels worse.
 
     Args:
       probabilities: Class probabilities, [N, C].

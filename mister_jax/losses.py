@@ -78,10 +78,10 @@ def focal_per_position(
     _check_positions(logits, labels, mask)
     # Also mask the logits, because a zero gradient times a NaN logit would be NaN.
     logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)
-    return jnp.where(mask, _focal(cross_entropy(logits, labels), gamma), 0)
+    return jnp.where(mask, _focal_from_cross_entropy(cross_entropy(logits, labels), gamma), 0)
 
 
-def _focal(cross_entropy: jax.Array, gamma: float) -> jax.Array:
+def _focal_from_cross_entropy(cross_entropy: jax.Array, gamma: float) -> jax.Array:
     """Returns (1 - p)^gamma * -log(p), where the cross-entropy is -log(p)."""
     if not gamma:
         return cross_entropy
@@ -486,9 +486,9 @@ def mister_e(
     counted = jnp.concatenate([labeled[..., None], present], axis=-1)  # B T 1+E
     if ratings is not None:
         weighted = target if class_weights is None else target * jnp.asarray(class_weights)
-        per_utterance = (weighted[:, :, None] * _focal(-adjusted, gamma)).sum(-1)
+        per_utterance = (weighted[:, :, None] * _focal_from_cross_entropy(-adjusted, gamma)).sum(-1)
     else:
-        per_utterance = _focal(-label_log_p, gamma)
+        per_utterance = _focal_from_cross_entropy(-label_log_p, gamma)
         if class_weights is not None:
             per_utterance *= (target @ jnp.asarray(class_weights))[..., None]
     focal_losses = _divide_by_global_count(

@@ -2,7 +2,7 @@
 
 A work directory belongs to one experiment: a resumed run must have the same data and, except for a
 few fields such as the number of epochs, the same config. Training writes all its files to the work
-directory, and the later stages read these files.
+directory, and the later stages read these files. `checkpoint` writes the checkpoints.
 """
 
 from __future__ import annotations

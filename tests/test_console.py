@@ -1,4 +1,4 @@
-"""Tables in the terminal, in files and in pipes."""
+"""Widths of tables in files and pipes."""
 
 import pytest
 

@@ -310,7 +310,7 @@ def load_processor(
     Raises:
       InputError: Files are missing, or do not match the module's vocabulary or config.json.
     """
-    import transformers  # Imported here, because prosody needs no processor.
+    import transformers  # Imported here, because importing it takes a second.
 
     folder = pathlib.Path(folder)
     hf_config = read_config(folder) if hf_config is None else hf_config

@@ -178,13 +178,14 @@ class EmotionRecognizer(ModelHubMixin):
         The context of an utterance is its dialogue.
 
         Args:
-          dialogues: Utterances in the order of the dialogue, each a dict with "text", "audio" or
-            both. Audio is a file in any format that FFmpeg reads, or an array of samples [S] at
-            16 kHz, either int16 or floats with full scale 1. "audio_start" and "audio_end", in
-            seconds, select a segment of a file. If these keys are missing, "start" and "end" select
-            the segments of utterances that share a file. "audio_channel" is "mix", "left", "right"
-            or an index. The other fields of a manifest are allowed and do not affect the
-            prediction. An unusable file is logged, and its utterance is predicted without speech.
+          dialogues: Dialogues. A dialogue is a list of its utterances in order, and an utterance is
+            a dict with "text", "audio" or both. Audio is a file in any format that FFmpeg reads, or
+            an array of samples [S] at 16 kHz, either int16 or floats with full scale 1.
+            "audio_start" and "audio_end", in seconds, select a segment of a file. If these keys are
+            missing, "start" and "end" select the segments of utterances that share a file.
+            "audio_channel" is "mix", "left", "right" or an index. The other fields of a manifest
+            are allowed and do not affect the prediction. An unusable file is logged, and its
+            utterance is predicted without speech.
           max_seconds: Maximum number of seconds to read from each utterance's speech.
           min_confidence: Probability below which predictions are marked as "uncertain".
           num_workers: Number of processes that decode files; 0 decodes in this process.

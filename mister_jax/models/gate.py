@@ -1,4 +1,4 @@
-"""MiSTER-E's gate, which weights the experts."""
+"""MiSTER-E's gate, which computes the weights with which `MisterE` combines the experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Padding masks and positions of tokens, in rows that are padded or contain several sequences."""
+"""Padding masks and positions in encoders, for rows with padding or with several sequences.
+
+`data.padding` makes the masks of dialogues.
+"""
 
 from __future__ import annotations
 

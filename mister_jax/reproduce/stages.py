@@ -147,7 +147,7 @@ def fusion_folder(settings: Settings, recipe: str) -> pathlib.Path:
 
 
 def experts_folder(settings: Settings, recipe: str) -> pathlib.Path:
-    """Returns the folder for the models of a recipe that have only one expert each."""
+    """Returns the folder for a recipe's ablation, in which each model has only one expert."""
     return pathlib.Path(settings.workdir, f"{recipe}_experts")
 
 

@@ -12,7 +12,7 @@ TINY = {"preset": "tiny", "speech_dim": 6, "text_dim": 5, "batch_size": 4, "leng
 
 @pytest.fixture(autouse=True)
 def tiny_preset(monkeypatch, tiny_config):
-    """Adds the preset "tiny" and the lengths "few"; every candidate runs once per round."""
+    """Adds the preset "tiny" and the dialogue lengths "few", and makes measurements short."""
 
     def tiny(**changes):
         # The random bits of dropout would take most of the compile time.

@@ -1,4 +1,4 @@
-"""Writing dialogue datasets: atomically, and with the same content for every way of decoding."""
+"""Dialogue datasets are written atomically, and do not depend on workers or Beam."""
 
 import functools
 import json

@@ -79,7 +79,7 @@ def test_the_other_speaker_of_a_test_dialogue_is_context_without_labels():
     test = select_fold(features, folds, 0, "test")
     assert test.utterance_ids.tolist() == ["u0", "u1", "u2"]
     assert test.label.tolist() == [features.label[0], -1, features.label[2]]
-    # Validation uses speaker c, because speaker b has no dialogue without the test speaker.
+    # Validation uses speaker c, because every dialogue of speaker b also has the test speaker, a.
     assert members(features, folds, 0, "validation") == {"u3", "u4", "u5"}
     assert members(features, folds, 0, "train") == {"u6", "u7"}
 

@@ -82,7 +82,7 @@ def test_random_splits_keep_dialogues_whole_and_are_reproducible(tmp_path):
 
 
 def single_utterances(*, with_speakers=False):
-    """Returns 200 dialogues of one utterance; each of 20 speakers has 10 dialogues."""
+    """Returns 200 dialogues of one utterance, optionally with 20 speakers of 10 dialogues each."""
     return [
         {"dialogue": n, "utterance": n, "order": 0, "text": "a", "label": "joy"}
         | ({"speaker": f"s{n % 20}"} if with_speakers else {})

@@ -209,7 +209,8 @@ def measure_tilt(samples: np.ndarray) -> float:
     return float(np.polyfit(np.arange(len(bands)) / 3, bands, 1)[0])
 
 
-# Field of the truth -> its measurement, and the minimum correlation between the two.
+# For each field of `truth.jsonl`: the function that measures it in the samples, and the minimum
+# correlation between the stored and the measured values.
 MEASUREMENTS = {
     "pitch_hz": (measure_pitch, 0.97),
     "level_db": (measure_level, 0.99),
