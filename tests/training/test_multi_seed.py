@@ -81,7 +81,10 @@ def test_metric_records_have_each_seed_and_the_mean(joint_workdir, separate_work
 def test_evaluation_reports_each_seed_the_mean_and_the_ensemble(
     joint_workdir, separate_workdirs, tmp_path
 ):
-    seed_scores = evaluate(joint_workdir, "test", output=tmp_path, quiet=True)["seeds"]
+    scores = evaluate(joint_workdir, "test", output=tmp_path, report=True, quiet=True)
+    epochs = ", ".join(map(str, scores["checkpoint"]["epoch"]))
+    assert f"epochs {epochs} of" in (tmp_path / "report.html").read_text()
+    seed_scores = scores["seeds"]
     predictors = [Predictor(workdir, calibrate=False) for workdir in separate_workdirs]
     features = predictors[0].task.features("test")
     separate = [predictor(features, quiet=True) for predictor in predictors]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from mister_jax.checkpoint import BEST
@@ -58,7 +59,8 @@ class Experiment:
         return cls(
             name=workdir.name,
             config=config,
-            epochs=checkpoint.get("epochs") or (checkpoint["epoch"],),
+            # With several seeds, the entry is a list.
+            epochs=np.ravel(checkpoint["epoch"]).tolist(),
             versions=read_json(versions) if versions.exists() else {},
             date=_checkpoint_date(workdir / "checkpoints" / BEST),
         )
