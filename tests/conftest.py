@@ -19,6 +19,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import functools
 import gc
+import importlib
 import multiprocessing.util
 from collections import defaultdict
 
@@ -101,6 +102,7 @@ def pytest_sessionfinish(exitstatus):
 
 
 def pytest_collection_finish():
+    importlib.import_module("tests.helpers.optimized_prosody")
     # The objects of imported modules are never freed, so garbage collection can skip them.
     gc.collect()
     gc.freeze()
@@ -220,7 +222,7 @@ def llama_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whisper_folder(tmp_path_factory):
-    """A tiny Whisper for 0.8 s with random weights. Tests must not change it."""
+    """A tiny Whisper for clips up to 0.8 s, with random weights. Tests must not change it."""
     from tests.helpers.tiny_encoders import WHISPER_CONFIG, save_encoder
 
     folder = tmp_path_factory.mktemp("tiny_whisper")
@@ -230,7 +232,7 @@ def whisper_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory):
-    """A tiny Qwen2-Audio for 0.8 s with random weights. Tests must not change it."""
+    """A tiny Qwen2-Audio for clips up to 0.8 s, with random weights. Tests must not change it."""
     from tests.helpers.tiny_encoders import save_qwen2_audio
 
     folder = tmp_path_factory.mktemp("tiny_qwen")
@@ -240,7 +242,7 @@ def qwen_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def salmonn_options(tmp_path_factory, llama_folder):
-    """The paths of the four checkpoints of a tiny SALMONN for 1 s. Tests must not change them."""
+    """The four checkpoints of a tiny SALMONN for clips up to 1 s. Tests must not change them."""
     from tests.helpers.tiny_encoders import save_salmonn
 
     return save_salmonn(tmp_path_factory.mktemp("tiny_salmonn"), llama_folder)

@@ -1,0 +1,32 @@
+"""Importing this module turns compiler optimizations on for prosody.
+
+Tests turn optimizations off, because most programs run for a shorter time than optimizing them
+would take. Extracting prosody from the clips of a test takes four times as long without them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from mister_jax.extraction import speech
+from mister_jax.parallel import partitioning
+
+_create = speech.ProsodyEncoder.__init__
+
+
+def _options(platform: str) -> dict[str, Any]:
+    return {**_fast_compiler_options(platform), "xla_backend_optimization_level": 1}
+
+
+@functools.wraps(_create)
+def _create_with_optimizations(self: speech.ProsodyEncoder, **arguments: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partitioning, "fast_compiler_options", _options)
+        _create(self, **arguments)
+
+
+_fast_compiler_options = partitioning.fast_compiler_options
+speech.ProsodyEncoder.__init__ = _create_with_optimizations  # type: ignore[method-assign]
