@@ -76,7 +76,7 @@ CHIPS: dict[str, Chip] = {
 
 
 def tpu_topologies(names: str) -> dict[str, list[jax.Device]]:
-    """Returns devices to compile for without hardware, by topology, such as "v5e:2x2,4x4".
+    """Returns abstract devices by topology, for `names` such as "v5e:2x2,4x4".
 
     A topology without a chip name, such as "4x4", has the chip of the previous topology.
 

@@ -39,7 +39,7 @@ def released_epoch(lengths: np.ndarray, batch_size: int) -> list[PlannedBatch]:
 
 
 def make_batch(config: MisterEConfig, lengths: np.ndarray, num_utterances: int) -> Batch:
-    """Creates a batch with the fields of `data.batches`, and random vectors and labels.
+    """Creates a batch as `data.batches` does, but with random vectors and labels.
 
     Args:
       config: Config of the model.

@@ -199,7 +199,7 @@ def abstract_batch(tuning: Tuning, num_rows: int) -> Any:
 def compile_programs(
     tuning: Tuning, partitioner: JitPartitioner
 ) -> dict[str, tuple[CompiledStep, Any]]:
-    """Returns fine-tuning and extraction by name, each with the shapes of its input state."""
+    """Returns both programs by name, each with the shapes of its input state."""
     template, state = aot.abstract_state(lambda: initialize(tuning))
     step, extract = step_functions(tuning, template)
     return {

@@ -17,8 +17,8 @@ from mister_jax.data.synthetic_speech import MAX_LENGTH, MIN_LENGTH, write_speec
 from mister_jax.errors import InputError
 
 # Script that runs a command and prints the peak memory of the command's largest process. This
-# process cannot measure that memory, because RUSAGE_CHILDREN would include the memory of this
-# process, which a child has until it calls exec.
+# process cannot measure that memory: until a child calls exec, it has the memory of this process,
+# which RUSAGE_CHILDREN would therefore include.
 _RUN_AND_PRINT_MEMORY = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)

@@ -109,7 +109,7 @@ class FoldedSet:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Changes of the default config.
+    """Changes to the default config.
 
     Attributes:
       name: Name of the recipe, and of its folders.
@@ -183,8 +183,7 @@ def compare_recipes(
       recipes: Recipes to compare with the first recipe.
       workdir: Work directory, created if it does not exist. Complete folds in it are not repeated.
       data_dir: Directory of the datasets; by default, TFDS's default directory.
-      num_seeds: Number of seeds of each model. With several seeds, the scores are the ensemble's
-        scores.
+      num_seeds: Number of seeds of each model.
       quiet: Whether to hide progress.
 
     Returns:
@@ -250,7 +249,7 @@ def compare_recipes(
 
 
 def _row(name: str, predicted: SplitPredictions, first: SplitPredictions) -> dict[str, Any]:
-    # Score the first recipe on the same utterances, because an expert may not predict all of them.
+    # An expert may predict only some utterances, so score the first recipe on the same utterances.
     same = np.where(predicted.predicted >= 0, first.predicted, NO_VOTE)
     compared = compare_predictions(dataclasses.replace(first, predicted=same), predicted)["scores"]
     row: dict[str, Any] = {"name": name, **{score: compared[score]["second"] for score in _SCORES}}

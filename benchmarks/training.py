@@ -34,8 +34,8 @@ from mister_jax.tasks.fusion import FusionTask
 Log = Callable[[str], None]
 
 # Script that runs a command, and prints its times and peak memory. This process cannot measure that
-# memory, because RUSAGE_CHILDREN would include the memory of this process, which a child has until
-# it calls exec. All processes share the clock of time.monotonic().
+# memory: until a child calls exec, it has the memory of this process, which RUSAGE_CHILDREN would
+# therefore include. All processes share the clock of time.monotonic().
 _RUN_AND_MEASURE = """
 import json, resource, subprocess, sys, time
 start = time.monotonic()
@@ -49,8 +49,8 @@ print(json.dumps({"start": start, "end": end, "cpu": cpu, "memory": usage.ru_max
 """
 
 # Script that runs `mister-jax train` and records when the first, middle and last step and the whole
-# training ended. The script waits for the devices only at these steps, because training dispatches
-# a step before the devices have finished the previous step.
+# training ended. The script waits for the devices only at these steps. At all other steps, training
+# continues before the devices have finished, so waiting would slow it down.
 _TRAIN = """
 import json, pathlib, sys, time
 import jax
@@ -96,8 +96,7 @@ def measure_training(
     Args:
       dataset: Name of the dataset.
       data_dir: Directory of the dataset; if None, TFDS's default directory.
-      compare: Whether to also measure PyTorch, with its default number of threads and with one
-        thread.
+      compare: Whether to also measure PyTorch.
       changes: Overrides of config fields by path, such as "train.epochs".
       log: Function called with a message before each training run.
 
@@ -207,7 +206,7 @@ def _run(
         load_average = os.getloadavg()[0]
         result = subprocess.run(
             [sys.executable, "-c", _RUN_AND_MEASURE, json.dumps(command)],
-            # `mister-jax` sets the same variables, except for the cache directory.
+            # `mister-jax` sets the same variables, but with another cache directory.
             env={
                 **os.environ,
                 **(environment or {}),

@@ -166,7 +166,7 @@ def write_bundle(
     """Writes the weights and the config of a bundle.
 
     Args:
-      folder: Folder that contains the bundle's encoders; created if missing.
+      folder: Folder of the bundle, created if missing. Copied encoders must already be in it.
       config: Experiment config of the training run.
       description: Model description; see `workdir.read_model_description`.
       params: Tree of the trained parameters.

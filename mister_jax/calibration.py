@@ -2,7 +2,7 @@
 
 A temperature T and, optionally, a bias b per class replace the probabilities p by
 softmax(log p / T + b) (arXiv 1706.04599, section 4.2). This formula needs probabilities instead of
-logits, so it also applies to the mean probabilities of several seeds.
+logits, so it also applies to the mean probabilities of several models.
 """
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ def fit_calibration(
 ) -> Calibration | None:
     """Fits a calibration that minimizes the mean negative log-likelihood of the labels.
 
-    The inverse temperature and the biases have Gaussian priors with a standard deviation of 1 and
-    means of 1 and 0. At these means, the calibration does not change the probabilities. Without the
-    priors, a few predictions that are all correct would give the minimum temperature. The fitted
-    calibration never makes the likelihood of these labels worse.
+    The inverse temperature has a Gaussian prior with mean 1, and each bias has one with mean 0. All
+    priors have standard deviation 1. Parameters at these means do not change the probabilities.
+    Without the priors, a few predictions that are all correct would give the minimum temperature.
+    The fitted calibration never makes the likelihood of these labels worse.
 
     Args:
       probabilities: Class probabilities, [N, C].

@@ -187,7 +187,7 @@ def rater_rows(raters: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def missing_modality_table(title: str, points: Iterable[Mapping[str, Any]]) -> Table:
-    """Returns a table of the points that `missing_modality_study` computes."""
+    """Returns the results of `missing_modality_study`, with a row for each pair of rates."""
     head = ("drop speech", "drop text", "weighted F1", "loss", "95% interval")
     table = Table(*head, title=title, box=rich.box.SIMPLE)
     for point in points:

@@ -107,7 +107,7 @@ def sampling_weights(
       Positive weights, [M]; None for "shuffle".
 
     Raises:
-      InputError: The sampling is unknown, or "balanced" and no utterance has a label.
+      InputError: The sampling is unknown, or it is "balanced" and no utterance has a label.
     """
     if sampling not in get_args(Sampling):
         raise InputError(f"{field}={sampling}; allowed: {', '.join(get_args(Sampling))}")
@@ -121,6 +121,5 @@ def sampling_weights(
     if not labeled.any():
         raise InputError(f"{field}=balanced needs labels, but no utterance has one")
     means = sums / np.maximum(labeled, 1)
-    # A dialogue without labels has no class counts. Give this dialogue the smallest weight of all
-    # dialogues with labels.
+    # A dialogue without labels gets the smallest weight of the dialogues with labels.
     return np.where(labeled > 0, means, means[labeled > 0].min())

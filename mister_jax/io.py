@@ -49,7 +49,7 @@ def hash_file(path: epath.PathLike) -> str:
     """Returns a hash of a file's size and content, as 16 hexadecimal digits.
 
     For files larger than 64 MiB, only 64 blocks of 64 KiB are read, so hashing a checkpoint of many
-    gigabytes takes milliseconds. Training changes all weights, so retraining changes the hash.
+    gigabytes takes milliseconds. Training changes weights in all layers, so it changes the hash.
     """
     path = pathlib.Path(path)
     with path.open("rb") as file:

@@ -155,7 +155,7 @@ class _ContrastivePairs(NamedTuple):
 def _pairs(
     axis_name: str | None, x: jax.Array, labels: jax.Array, mask: jax.Array
 ) -> _ContrastivePairs:
-    """Pairs representations, [..., F], scaled so that their dot products are the similarities."""
+    """Returns all pairs; dot products of `x`, [..., F], are similarities divided by temperature."""
     offset: jax.Array | int = 0
     if axis_name is not None:
         offset = jax.lax.axis_index(axis_name) * mask.size
@@ -342,7 +342,7 @@ def _gate_responsibility(
 
 
 def rating_targets(labels: jax.Array, ratings: jax.Array) -> jax.Array:
-    """Returns each utterance's target distribution, [..., C]; zeros if there is no target.
+    """Returns target distributions, [..., C]; zeros if an utterance has no rating and no label.
 
     Args:
       labels: Labels, [...] int, -1 if unlabeled; used where there are no ratings.

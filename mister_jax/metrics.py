@@ -317,7 +317,7 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10)
 
 
 def brier_scores(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Returns the Brier score of each utterance: the squared distance from the true class, 0 to 2.
+    """Returns each utterance's Brier score, the squared distance from the one-hot label, 0 to 2.
 
     Args:
       probabilities: Class probabilities, [N, C].

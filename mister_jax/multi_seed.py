@@ -1,7 +1,7 @@
 """Functions for training several models at once; their states are stacked along a leading axis.
 
 The models are the S seeds of one run, or the S seeds of each of R runs. With a single model, the
-axis is omitted. Only this module handles that case.
+axis is omitted, and the functions in this module handle that case.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A work directory belongs to one experiment: a resumed run must have the same data and, except for a
 few fields such as the number of epochs, the same config. Training writes all its files to the work
-directory, and the later stages read these files. `checkpoint` writes the checkpoints.
+directory. Evaluation, prediction and export read them. `checkpoint` writes the checkpoints.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _PACKAGES = (
 
 
 def config_path(workdir: epath.PathLike) -> epath.Path:
-    """Returns the path of the config, which is written last when a work directory is created."""
+    """Returns the path of the config; a work directory with a config is complete."""
     return epath.Path(workdir) / _CONFIG
 
 
@@ -96,7 +96,7 @@ def write_description(
     write_text(workdir / "parameters.txt", parameter_table(params))
     write_json(workdir / _MODEL, {"format": FORMAT, "location": location(workdir), **model})
     write_json(workdir / _DATA, data)
-    # The config is written last, so a work directory that has a config is complete.
+    # Written last; see `config_path`.
     write_json(config_path(workdir), _to_json(config))
 
 

@@ -75,7 +75,7 @@ def run_tpu_vm(folder, *options):
 
 
 def actions(calls):
-    """Returns one word for each gcloud call that changes something."""
+    """Returns one word for each gcloud call, without the calls that only read a state."""
     words = {
         "queued-resources create": "create",
         "queued-resources delete": "delete",

@@ -50,7 +50,7 @@ _ENCODER_OPTIONS = (
     flags.DEFINE_float(
         "max_seconds",
         None,
-        "maximum seconds per utterance for a speech --encoder; by default unlimited, or the fixed "
+        "maximum seconds per utterance for a speech --encoder; by default 3600, or the fixed "
         "window of Whisper, Qwen2-Audio and SALMONN",
     ),
     flags.DEFINE_bool(
@@ -140,7 +140,7 @@ def _is_file(output: str) -> bool:
 
 
 def _reads_dataset() -> bool:
-    """Returns whether the features come from an existing feature dataset."""
+    """Returns whether --dataset must contain the features, as no flag names another source."""
     return not any(flag.value for flag in (_WORKDIR, _ENCODER, _SPEECH, _TEXT))
 
 

@@ -23,7 +23,7 @@ line on standard output.
 The extension of --output determines the format: .jsonl and .csv have one row per utterance. For
 recordings, the formats .html (a page with player and waveform), .srt, .vtt, .TextGrid (Praat) and
 .eaf (ELAN) are also supported. The exit status is 1 if at least one --recording is unusable, or if
-the recordings of all utterances are. It is 2 if the only --recording cannot be read.
+the recordings of all utterances are unusable. It is 2 if the only --recording cannot be read.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ _UTTERANCE_FLAGS = (_CHANNEL, _SPLIT, _SOURCE, _CONFIG, _WORKERS)
 
 
 def _check_flags() -> None:
-    """Raises InputError if a flag needs a missing flag or cannot be used with another flag."""
+    """Checks combinations of flags; input flags that exclude each other are checked later."""
     is_published = bool(_TEXT_MODEL.value or _SPEECH_MODEL.value)
     if is_published and _FOLLOW.value:
         raise InputError("--follow: cannot be used with --text_model or --speech_model")

@@ -151,7 +151,7 @@ def _prepare_recordings(corpus: str) -> None:
     output_console().print(corpus_table(report))
     kinds = ["missing", *RECORDING_ISSUES]
     if corpus == "synthetic":
-        kinds.remove("fast_text")  # The length of a recording does not depend on its text.
+        kinds.remove("fast_text")  # Synthetic speech has random lengths.
     for kind in kinds:
         for entry in report[kind][:_MAX_PRINTED]:
             print(f"{kind}: {entry['utterance']}: {entry['file']}: {_detail(entry)}")

@@ -46,9 +46,9 @@ def load_params(
     """Fills a module's parameters from a checkpoint.
 
     Tensors (or the layers of stacked parameters) are read, cast and placed one after another. Only
-    the slices that this process's devices need are read, or whole tensors for `combine`. In
-    addition to the placed values, the host needs less memory than twice the largest tensor (or
-    layer), plus the results of `combine`.
+    the slices that this process's devices need are read, or whole tensors for `combine`. Apart from
+    the placed values and the results of `combine`, the host needs less memory than twice the
+    largest tensor (or layer).
 
     If tensors do not match the module, nothing changes. Non-finite values raise an error only when
     they are read, after earlier parameters have been filled.

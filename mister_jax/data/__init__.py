@@ -7,9 +7,8 @@
 - `split_guard` keeps training from opening the test split.
 - `batching` plans batches, `padding` makes padded arrays and masks, and `pipeline` yields batches.
 
-TensorFlow is imported on first use, which is when a dataset is written or a shuffled batch is made.
-Reading a dataset does not need TensorFlow. Outside this package, only `training.metric_writer` uses
-TensorFlow.
+TensorFlow is imported when a dataset is written, a shuffled batch is made, or training starts.
+Reading a dataset does not need TensorFlow. Outside this package, only `training` uses TensorFlow.
 """
 
 from mister_jax.errors import require_extra

@@ -18,9 +18,9 @@ from mister_jax.data.schema import DialogueFeatures
 from mister_jax.data.standardizer import Standardizer
 from mister_jax.errors import InputError
 
-# The statistics of the new utterances are mixed with the training statistics, which count as this
-# many utterances, because the statistics of very few utterances are unreliable. The number was
-# chosen on validation speakers; see docs/train_and_evaluate.md.
+# The statistics of very few utterances are unreliable. Therefore, the statistics of the new
+# utterances are mixed with the training statistics, which count as this many utterances. The number
+# was chosen on validation speakers; see docs/train_and_evaluate.md.
 _PRIOR_UTTERANCES = 2
 
 # Features are reported as shifted if the means of a tenth of the dimensions differ from training by

@@ -1,4 +1,4 @@
-"""Decodes recordings in any format that FFmpeg reads to 16 kHz mono samples.
+"""Decodes recordings, in any format that FFmpeg reads, to 16 kHz mono samples.
 
 - `decode` reads one recording or a segment of a recording.
 - `decode_many` reads many recordings in parallel processes.
@@ -126,7 +126,7 @@ def decode_many(
 ) -> Iterator[Clip | AudioError]:
     """Decodes recordings in parallel processes, and yields a clip or an error for each request.
 
-    Consecutive segments of one recording are decoded in one pass. Memory does not grow with the
+    Consecutive segments of one recording usually share one pass. Memory does not grow with the
     number of requests; see `workers.ordered_map`. With `num_workers=0`, decoding runs in this
     process, and each clip is yielded as soon as the clip is complete.
 
@@ -273,7 +273,7 @@ def encode_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int = SA
 
 
 def _group_by_pass(requests: Iterable[DecodeRequest]) -> Iterator[list[DecodeRequest]]:
-    """Groups consecutive requests for one channel of a recording that one pass can serve."""
+    """Groups consecutive requests that one pass over one channel of a recording can serve."""
     group: list[DecodeRequest] = []
     for request in requests:
         if group and not _follows(group[-1], request):

@@ -19,14 +19,14 @@ SAMPLE_RATE = 16_000
 _CLIPPED_PEAK, MAX_PEAK = 10 ** (1 / 20), 100.0
 FULL_SCALE = 2**15
 
-BLOCK_SECONDS = 0.25  # minimum length of merged frames in seconds
+BLOCK_SECONDS = 0.25  # minimum length of merged frames in seconds, except the last
 
 
 def float_to_int16(samples: np.ndarray) -> tuple[np.ndarray, str]:
     """Converts float samples, whose full scale is 1, to int16.
 
-    Peaks up to 1 dB over full scale, which lossy codecs can produce, are clipped. If the peak is
-    higher, all samples are scaled down so that the peak is at full scale.
+    Peaks up to 1 dB over full scale are clipped. If the peak is higher, all samples are scaled down
+    so that the peak is at full scale.
 
     Returns:
         The samples [N], and a note on the scaling. The note is empty if no scaling was needed.
@@ -73,7 +73,7 @@ def resample(frames: "Iterator[av.AudioFrame]") -> Iterator[np.ndarray]:
 
 @functools.cache
 def _mix_gain(layout: str) -> np.float32:
-    """Returns the factor that makes FFmpeg's mixing weights for floats add up to 1."""
+    """Returns the factor that scales FFmpeg's mixing weights for floats to a sum of at most 1."""
     channels = av.AudioLayout(layout).nb_channels
     ones = av.AudioFrame.from_ndarray(np.ones((1, channels), np.float32), "flt", layout)
     ones.sample_rate = SAMPLE_RATE

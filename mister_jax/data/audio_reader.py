@@ -40,9 +40,9 @@ from mister_jax.data.audio_source import (
 with epy.lazy_imports(error_callback="Recordings need PyAV: pip install av"):
     import av
 
-# Formats whose timestamps are sample-accurate, even after seeking. Recordings in other formats are
-# read from the beginning, because these formats round timestamps (Matroska) or estimate timestamps
-# (MP3 with a variable bit rate).
+# Formats whose timestamps are sample-accurate, even after seeking. Other formats round timestamps
+# (Matroska) or estimate timestamps (MP3 with a variable bit rate), so recordings in other formats
+# are read from the beginning.
 _SEEKABLE = ("wav", "flac", "mov,mp4,m4a,3gp,3g2,mj2")
 
 # Decoding and resampling begin this many seconds before a segment. A decoder's output depends on
@@ -206,7 +206,7 @@ class AudioReader:
     def _frames(self, lead: float) -> "Iterator[tuple[int, av.AudioFrame]]":
         """Yields gapless frames of the channel, starting at `lead` seconds or earlier.
 
-        Positions are in samples at the frame's sample rate.
+        Each frame is paired with its position, in samples at the frame's sample rate.
         """
         num_seconds = 0.0
         for position, frame in merge_frames(self._timed_frames(lead)):
@@ -332,7 +332,7 @@ class AudioReader:
     def _packets(self) -> "Iterator[av.Packet | None]":
         try:
             for packet in self._container.demux(self._stream):
-                # The header, not the decoder, reveals truncated WAV files.
+                # If a WAV file is truncated, `_frames` reports how much audio is missing.
                 if packet.is_corrupt and self._header is None:
                     self._note_damage("the file breaks off")
                 yield packet

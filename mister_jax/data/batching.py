@@ -6,8 +6,7 @@
 - `plan_budgeted_batches` plans one pass of an encoder over many items of very different lengths.
 
 An item, such as a dialogue, is a sequence. A batch of B items padded to length T has B * T
-positions. Planning needs the lengths of the items, but not the items. The modules `pipeline` and
-`utterances` turn plans into padded arrays and masks.
+positions. The modules `pipeline` and `utterances` turn plans into padded arrays and masks.
 """
 
 import dataclasses

@@ -168,7 +168,7 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
 
 
 def evenly_spaced_keys(count: int) -> list[int]:
-    """Returns ascending example keys that fill all buckets of TFDS's disk sort evenly.
+    """Returns ascending keys of examples, which fill all buckets of TFDS's disk sort evenly.
 
     Consecutive small keys would all be in the first bucket, and TFDS sorts each bucket in memory.
     """

@@ -92,7 +92,7 @@ def load_clips(
 
 
 def lengths_in_steps(sizes: np.ndarray, max_samples: int) -> np.ndarray:
-    """Converts `sizes` [N], capped at `max_samples`, from samples to steps, rounded up."""
+    """Caps `sizes` [N] at `max_samples`, and divides them by `LENGTH_STEP`, rounding up."""
     return -(-np.minimum(sizes, max_samples) // LENGTH_STEP)
 
 

@@ -86,7 +86,7 @@ def make_report(corpus: Corpus, facts_dir: epath.Path) -> dict[str, Any]:
         - `silent`: Recordings without audible sound.
         - `length_mismatch`: Recordings whose length differs greatly from `end` - `start`.
         - `past_end`: Utterances that end after their recording.
-        - `fast_text`: Utterances with more text than can be spoken in the given time.
+        - `fast_text`: Utterances whose text is too long for the length of the recording.
         - `changed`: Recordings whose samples were changed (gaps filled, scaled, channels dropped).
         - `notes`: The corpus reader's notes, and one line per kind of change with its count.
     """

@@ -158,7 +158,7 @@ def emotion_chain(
 
 
 def gaussian_log_density(features: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """Computes log N(features [T, D]; means [C, D], 1), [T, C], up to a constant per row."""
+    """Computes log N(features [T, D]; means [C, D], I), [T, C], up to a constant per row."""
     return features.astype(float) @ means.T - np.sum(means**2, axis=1) / 2
 
 

@@ -80,7 +80,10 @@ class DialogueDataset:
         return split_sizes(self._builder)
 
     def split_metadata(self, split: str) -> dict[str, Any]:
-        """Returns `{"reference_scores": ...}` for a synthetic split, and {} for other splits."""
+        """Returns `{"reference_scores": ...}` for a synthetic split, and {} for other splits.
+
+        See `dialogue_process.reference_scores`.
+        """
         path = self.directory / REPORT
         scores = json.loads(path.read_text()).get("reference_scores", {}) if path.exists() else {}
         return {"reference_scores": scores[split]} if split in scores else {}

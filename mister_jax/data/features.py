@@ -141,7 +141,7 @@ def load_features(
 
 
 def _feature_spec(splits: Mapping[str, DialogueFeatures]) -> Any:
-    """Returns the TFDS features that all splits share."""
+    """Returns the TFDS feature specification, which must be the same for all splits."""
     specs = {
         (
             split.class_names,

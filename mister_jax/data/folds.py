@@ -56,7 +56,7 @@ class Folds:
             has "session" and "speaker".
         names: Names of the F folds: the column's values, or "1" to "K".
         members: Values of the column in each fold.
-        index: Index of the fold of each utterance in the pooled splits, [N] int.
+        index: Index of each utterance's fold, [N] int, in the order of `load_pooled`.
     """
 
     spec: str
@@ -261,7 +261,7 @@ def _split_dialogues(features: DialogueFeatures, folds: Folds, fold: int) -> dic
         if not chosen.any():
             raise InputError(
                 f"dataset {features.name}, fold {folds.names[fold]} of {folds.spec!r}: the {split} "
-                "split is empty, because every dialogue shares a value with another split"
+                "split is empty, because every dialogue has an utterance in a fold of another split"
             )
     return splits
 

@@ -42,7 +42,7 @@ def inspect_dataset(name: str, data_dir: epath.PathLike | None = None) -> Datase
     builder = open_builder(name, data_dir)
     fields = utterance_fields(builder)
     has_audio = "audio" in fields
-    class_names = [*fields["label"].names, "unlabeled"]  # `UNLABELED` is the last index.
+    class_names = [*fields["label"].names, "unlabeled"]  # `UNLABELED` is -1, the last index.
     summary = DatasetSummary(name, epath.Path(builder.data_dir), {}, {}, {}, ())
     for split in split_sizes(builder):
         read = _read_dialogues if has_audio else _read_features

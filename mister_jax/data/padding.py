@@ -1,4 +1,4 @@
-"""Pads dialogues, texts and recordings to a common length, and makes their masks."""
+"""Pads dialogues, texts and recordings to a common length, and returns masks or lengths."""
 
 from collections.abc import Sequence
 

@@ -82,7 +82,7 @@ def batches(
     if not 0 <= start_step <= steps_per_epoch:
         raise ValueError(f"start_step {start_step}; allowed: 0 to {steps_per_epoch}")
 
-    @functools.lru_cache(maxsize=2)  # tf.data prepares batches of the next epoch in advance.
+    @functools.lru_cache(maxsize=2)  # 2: tf.data prefetches batches of the next epoch.
     def planned_epoch(epoch: int) -> Sequence[tuple[np.ndarray, int]]:
         return plan.epoch(seed, epoch, shuffle=shuffle)
 

@@ -12,10 +12,10 @@ SPLITS = ("train", "validation", "test")
 MODALITIES = ("speech", "text")
 
 SPEAKER_IN_DIALOGUE = "speaker_in_dialogue"
-"""Column of speaker names that are unique only within a dialogue, such as M and F."""
+"""Metadata column for speaker names that are unique only within a dialogue, such as M and F."""
 
 UNLABELED = -1
-"""Label of context utterances, which losses and metrics exclude."""
+"""Label of utterances without a class. Losses and metrics that need a label exclude them."""
 
 
 def fingerprint(*values: Any) -> str:

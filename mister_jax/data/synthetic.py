@@ -137,8 +137,8 @@ def generate_features(
 ) -> dict[str, DialogueFeatures]:
     """Generates splits of synthetic dialogues. Equal arguments give equal dialogues.
 
-    A split's metadata contains `reference_scores`, and each utterance's uninformative modality
-    ("speech", "text" or "") under `uninformative`. Models must not read these values.
+    A split's metadata contains `reference_scores` (see `dialogue_process`) and `uninformative`, the
+    uninformative modality of each utterance ("speech", "text" or ""). Models must not read them.
 
     Args:
         seed: Seed, at least 0.
@@ -202,7 +202,7 @@ def _draw_directions(count: int, dim: int, generator: np.random.Generator) -> np
 
 
 def _draw_means(group: np.ndarray, dim: int, generator: np.random.Generator) -> np.ndarray:
-    """Draws means [C, dim] that are far apart between groups and close within each `group` [C]."""
+    """Draws means [C, dim]: close for classes with equal `group` [C], and far apart for others."""
     group_directions = _draw_directions(int(group.max()) + 1, dim, generator)
     return _STRONG * group_directions[group] + _WEAK * _draw_directions(len(group), dim, generator)
 

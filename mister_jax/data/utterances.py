@@ -46,12 +46,12 @@ class Utterances:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Number of utterances in each row, [N]; always 1. See `DialogueFeatures.lengths`."""
+        """Lengths [N] of dialogues with one utterance each: all 1. See `DialogueFeatures`."""
         return np.ones(len(self.items), int)
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
-        """Integers 0 to N, [N + 1], for one utterance per row. See `DialogueFeatures.offsets`."""
+        """Offsets [N + 1] of dialogues with one utterance each: 0 to N. See `DialogueFeatures`."""
         return np.arange(len(self.items) + 1)
 
     @property
@@ -134,7 +134,7 @@ def utterance_batches(
     """Returns an iterator over the batches of one epoch. Each process gets its share of the rows.
 
     `pad_items` pads B items to a given length and returns two arrays, which `fields` names. An
-    empty row has an empty item. The other options are described in `pipeline.batches`.
+    empty row, which fills up a batch, has an empty item. For other options, see `pipeline.batches`.
 
     Returns:
         An iterator over dicts with the arrays of `pad_items` and these entries:

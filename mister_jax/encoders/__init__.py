@@ -1,4 +1,4 @@
-"""Pretrained text and speech encoders; `registry` lists, loads and saves them."""
+"""Text and speech encoders; `registry` loads and saves those in the Hugging Face layout."""
 
 import os
 

@@ -80,9 +80,9 @@ def dot_product_attention(
     has_dropout = not deterministic and dropout is not None and dropout.rate > 0
     forms: dict[str, Any] = {}
     if not has_dropout and options.get("implementation") is None:
-        # On CPUs, the default implementation is faster in training, except for long inputs. The
-        # default is also faster if the bias is a product of factors, because the CPU
-        # implementation would store the product.
+        # The CPU implementation is only for inference: in training, the default is faster for all
+        # but long inputs. The default is also faster if the bias is a product of factors, because
+        # the CPU implementation would store the product.
         equal_heads = query.shape[2] == key.shape[2]
         if deterministic and not is_causal and equal_heads and len(factors) < 2:
             forms["cpu"] = attention_on_cpu

@@ -1,7 +1,7 @@
 """Audio in a language model's prompt, for SALMONN and Qwen2-Audio.
 
 The clip's vectors replace a placeholder token in the prompt. Shape letters: B clips, P prompt
-tokens, A audio vectors, N = P - 1 + A, D hidden size.
+tokens, A audio vectors, N = P - 1 + A positions, D hidden size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def splice_audio(
       is_placeholder: Whether a token is the placeholder, [B, P] bool; at most one per prompt. A
         prompt without a placeholder gets no audio.
       audio: Audio vectors, [B, A, D] with A > 0.
-      audio_lengths: Number of valid vectors at the start of each clip, [B] int.
+      audio_lengths: Number of valid vectors of each clip, which come first, [B] int.
 
     Returns:
       Sequences, [B, N, D], zero-padded on the right; the mask of valid positions, [B, N] bool; and
@@ -100,8 +100,7 @@ class SpeechLLM(nnx.Module):
         """Encodes clips, each with its prompt.
 
         Args:
-          waveform: Mono 16 kHz audio in [-1, 1], [B, S], each clip at the start of its
-            row.
+          waveform: Mono 16 kHz audio in [-1, 1], [B, S], each clip at the start of its row.
           lengths: Number of samples in each clip, [B] int.
           prompt: Tokens with one placeholder per prompt, [B, P] int; see `prompt_tokens`.
           prompt_mask: Valid tokens, [B, P] bool.

@@ -172,7 +172,7 @@ class GatedAttention(nnx.Module):
         self.gate_scale = nnx.Param(jnp.ones(num_heads, options["param_dtype"]))
 
     def __call__(self, x: jax.Array, mask: jax.Array, position_bias: jax.Array) -> jax.Array:
-        """Attends within each clip.
+        """Computes attention within each clip.
 
         Args:
           x: Input, [B, N, D].
@@ -281,7 +281,7 @@ class Beats(nnx.Module):
         patches = fbank[:, : num_steps * size].reshape(batch_size, num_steps, size, -1, size)
         patches = patches.swapaxes(2, 3).reshape(batch_size, num_tokens, size * size)
         valid = token_mask[..., None]
-        # Mask before the layers too: NaN or infinity in the padding would cause NaN gradients.
+        # The patches are masked too: NaN or infinity in the padding would cause NaN gradients.
         x = self.patch_norm(self.patch_embedding(jnp.where(valid, patches, 0)))
         x = jnp.where(valid, self.projection(x), 0)  # [B, N, D]
         x = self.norm(x + gelu(self.position_convolution(x)))

@@ -80,7 +80,7 @@ class _Head:
       shapes: Shape of each tensor, one letter per axis: D, C, or P (size of the projection).
       sums_normalized: Whether a weighted sum over the layers takes the last layer's states after
         the encoder's final LayerNorm instead of before it.
-      options: Fields of the encoder's config that the head needs.
+      options: Changes to the encoder's config that the head needs.
     """
 
     function: Callable[[Params, jax.Array, jax.Array], jax.Array]

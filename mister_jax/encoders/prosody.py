@@ -178,7 +178,7 @@ def _centered_frames(x: jax.Array, size: int, num_frames: int) -> jax.Array:
 
 
 def _low_pass(x: jax.Array) -> jax.Array:
-    """Low-pass filters x, [B, S], at 1.5 kHz, so that integer lags are dense enough for YIN."""
+    """Low-pass filters x, [B, S], at 1.5 kHz, so that integer lags are enough for YIN."""
     time = np.arange(-32, 33)
     taps = np.sinc(time * 3000 / frontends.SAMPLE_RATE) * np.hanning(67)[1:-1]
     taps = (taps / taps.sum()).astype(np.float32)

@@ -2,8 +2,8 @@
 
 Qwen2-Audio maps waveforms and prompts to the language model's last hidden states. The
 language-model head is not implemented. Shape letters: B clips, S samples, P prompt tokens, A audio
-vectors (40 ms each), which replace one prompt token, N = P - 1 + A, D hidden size of the language
-model.
+vectors (40 ms each), which replace one prompt token, N = P - 1 + A positions, D hidden size of the
+language model.
 """
 
 from __future__ import annotations

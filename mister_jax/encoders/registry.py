@@ -1,7 +1,7 @@
-"""Registry of the supported encoders, with functions to create, load and save them.
+"""Registry of encoders in the Hugging Face layout; functions to create, load and save them.
 
 `ARCHITECTURES` maps the `model_type` in a config.json to the config class, module class, tensor
-names and processor. To add an architecture, implement the two classes and add an entry.
+names and processor. To add an architecture, implement the classes and key table, and add an entry.
 """
 
 from __future__ import annotations
@@ -213,8 +213,8 @@ def load_module(
       folder: Folder of the model.
       hf_config: Content of the folder's config.json; by default read from the folder.
       mesh: Mesh on which the parameters are placed; by default, they are on the first device.
-      adapter: Folder of a `peft` adapter. Its LoRA replaces that of the option `lora`, which must
-        not target other layers.
+      adapter: Folder of a `peft` adapter. Its LoRA replaces the LoRA of the option `lora`, which
+        may target only layers that the adapter also targets.
       seed: Seed for LoRA parameters that are not in a checkpoint.
       **changes: Further fields of the architecture's config, such as `dtype`, `param_dtype` and
         `lora`.

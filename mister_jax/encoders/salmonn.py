@@ -4,8 +4,8 @@ SALMONN maps waveforms and prompts to the language model's last hidden states. T
 head is not implemented. Clips shorter than 1 s are padded with silence, and clips longer than 30 s
 are truncated. Whisper always encodes 30 s, so every clip yields 88 speech tokens.
 Shape letters: B clips, S samples, T Whisper frames (20 ms), P prompt tokens, W windows, Q queries
-per window, A speech tokens, which replace one prompt token, N = P - 1 + A, D hidden size of the
-language model.
+per window, A speech tokens, which replace one prompt token, N = P - 1 + A positions, D hidden size
+of the language model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Compares the stored predictions of runs on the same utterances.
 
 Differences between scores have paired confidence intervals: each resample draws the same dialogues
-for both runs; see `confidence_intervals`. McNemar's exact test compares the utterances that only
-one of two runs predicts correctly. Unlike the intervals, the test treats utterances as independent.
+for both runs; see `confidence_intervals`. McNemar's exact test compares how many utterances only
+the first or only the second run predicts correctly. Unlike the intervals, the test treats
+utterances as independent.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def missing_modality_study(
 
     Raises:
       InputError: A rate is outside [0, 1], the lists cannot be paired, the split has no labels, or
-        the work directory is not the work directory of a MiSTER-E model.
+        the work directory belongs to an encoder.
     """
     pairs = _pair_rates(drop_speech, drop_text)
     predictor = Predictor(workdir, data_dir)
@@ -229,7 +229,7 @@ def _study_identity(predictor: Predictor, features: Any) -> dict[str, Any]:
     return {
         "dataset": features.name,
         "split": features.split,
-        # Adapted features have the same name as the original features.
+        # Features that `adapt_features` has changed keep their name.
         "fingerprint": features.fingerprint(),
         "checkpoint": predictor.progress,
         "confidence_level": LEVEL,

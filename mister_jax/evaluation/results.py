@@ -197,7 +197,7 @@ def _labeled_rows(features: DialogueFeatures, predictions: Predictions) -> Itera
     """Yields a split's rows for `predictions.jsonl`, in the stored order of the utterances."""
     names = features.class_names
     dialogues = np.repeat(np.arange(len(features.lengths)), features.lengths)
-    # `Utterances`, the data of encoders, have no extra columns.
+    # `Utterances`, on which encoders are trained, have no extra columns.
     metadata = getattr(features, "utterance_metadata", None)
     rows = prediction_rows(names, predictions)
     for index, (dialogue, row) in enumerate(zip(dialogues, rows, strict=True)):

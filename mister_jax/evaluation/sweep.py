@@ -163,7 +163,7 @@ def _parse_value(field: str, text: str, kind: type, current: Any) -> Any:
 
 
 def _parse_item(text: str, current: Sequence[Any]) -> Any:
-    """Converts an item to the type of the field's items, or parses it if the field is empty."""
+    """Converts an item to the type of the field's items, or to a literal if the field is empty."""
     if current:
         kind = type(current[0])
         return text.strip("'\"") if kind is str else kind(text)

@@ -1,4 +1,4 @@
-"""Converts dialogue datasets to feature datasets, between the two training stages."""
+"""Converts dialogue datasets to feature datasets, on which MiSTER-E is trained."""
 
 from mister_jax.extraction.encoder import Encoder, encode_utterances
 from mister_jax.extraction.feature_dataset import export_features, extract_features, merge_features

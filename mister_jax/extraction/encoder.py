@@ -32,7 +32,7 @@ class Input(Protocol):
     Attributes:
       modality: "speech" or "text".
       unit: Name of the unit in which `budget` and the speed are measured.
-      budget: Default number of units in a batch on each device, including padding.
+      budget: Default maximum number of units in a batch on each device, including padding.
       program_cost: Number of units that a device encodes in the time to compile a program.
       steps_per_unit: Number of length steps per unit. Padded lengths are whole numbers of steps; a
         step is a token or 0.1 s.
@@ -116,8 +116,8 @@ def encode_utterances(
     Args:
       encoder: Encoder of the utterances.
       utterances: N texts, or clips [S] int16 at 16 kHz, of any length.
-      budget: Tokens or seconds of audio in a batch on each device, including padding;
-        `encoder.input.budget` by default.
+      budget: Maximum number of tokens or seconds of audio in a batch on each device, including
+        padding; `encoder.input.budget` by default.
       quiet: Whether to hide progress.
 
     Returns:

@@ -56,7 +56,7 @@ class SpeechInput:
     """Converts speech clips to items and batches; see `Input`. A length step is 0.1 s.
 
     Args:
-      max_seconds: Maximum length in seconds of a clip in a batch. Longer clips are truncated.
+      max_seconds: Maximum length in seconds of a clip in a batch.
       pads_to_max: Whether to pad clips to `max_seconds`, for encoders with a fixed input length.
       split: Whether to split longer clips into windows of equal length, instead of truncating them.
       program_cost: Number of seconds of audio that a device encodes in the time to compile a

@@ -34,8 +34,8 @@ CPU_TOKEN_BUDGET = 1024  # small enough that a layer's activations stay in the c
 _PROGRAM_COST = 100_000
 _CPU_PROGRAM_COST = 1000
 
-# Padded lengths in tokens. CPUs use more lengths, because compiling is cheap, but padding takes as
-# long to encode as tokens.
+# Padded lengths in tokens. CPUs use more lengths: on a CPU, compiling another program is cheap,
+# while padding takes as long to encode as tokens.
 _LENGTHS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512)
 _CPU_LENGTHS = (*range(4, 25, 2), *_LENGTHS[6:])
 
@@ -74,7 +74,7 @@ class TextInput:
         return items
 
     def windows(self, item: np.ndarray) -> list[np.ndarray]:
-        """Returns the item as the only window, because longer texts are truncated earlier."""
+        """Returns the item as the only window, because `items` truncates longer texts."""
         return [item]
 
     def lengths(self, items: Sequence[np.ndarray]) -> np.ndarray:

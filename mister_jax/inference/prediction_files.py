@@ -97,7 +97,7 @@ def _extension(path: epath.PathLike) -> str:
 
 
 def _to_html(path: epath.PathLike, rows: Sequence[Row], options: TimelineOptions) -> str:
-    # The other formats do not need PyAV.
+    # Most formats do not need the audio decoder, so import it only for a page.
     from mister_jax.inference.timeline.page import timeline_html
 
     return timeline_html(path, rows, embed_audio=options.embed_audio, channels=options.channels)

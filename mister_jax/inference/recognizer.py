@@ -192,8 +192,9 @@ class EmotionRecognizer(ModelHubMixin):
           quiet: Whether to hide progress.
 
         Returns:
-          For each utterance, a dict with the values of `predictor.prediction_rows`, and "notes" on
-          the recording: a list of texts that start with the kind of note, such as "capped: ...".
+          A list for each dialogue, with a dict for each utterance: the values of
+          `predictor.prediction_rows`, and "notes" on the recording, a list of texts that start with
+          the kind of note, such as "capped: ...".
 
         Raises:
           InputError: A dialogue or an utterance cannot be used, or `max_seconds` or
@@ -503,8 +504,8 @@ class EmotionRecognizer(ModelHubMixin):
         encodable = [item for item in encoder.input.items(items) if len(item)]
         if not encodable:
             return no_features
-        # If there are few utterances, use smaller batches. Their budgets are powers of 2, so that
-        # few batch shapes are compiled.
+        # If there are few utterances, use smaller batches. Their `budget`, the maximum number of
+        # tokens or seconds, is a power of 2, so that few batch shapes are compiled.
         needed = 2 ** math.ceil(math.log2(max(1.0, encoder.input.num_units(encodable))))
         budget = min(encoder.input.budget, needed)
         features, present = extraction.encode_utterances(encoder, items, budget=budget, quiet=quiet)

@@ -125,7 +125,7 @@ def decode_speech(
 
 
 def reading_order(utterances: Sequence[CheckedUtterance]) -> list[int]:
-    """Returns the indices of the utterances in an order that reads each recording once.
+    """Returns the utterances' indices in an order in which each channel is decoded only once.
 
     The segments of one channel of a recording are adjacent and sorted by start time.
     """

@@ -15,9 +15,10 @@ class ConditionalRandomField(nnx.Module):
     log A[y_{t-1}, y_t], where the rows of the learned transition matrix A sum to 1. Initially, all
     transitions are equally likely, and the marginals are the softmax of the logits.
 
-    The forward and the backward pass are associative scans over matrix products, which take log T
-    steps. A causal CRF has only the forward pass, which takes T steps. A causal CRF normalizes each
-    message, so the results are as precise after thousands of utterances as after one.
+    For a constant T, the forward and the backward pass are associative scans over matrix products,
+    which take log T steps. A causal CRF has only the forward pass, which takes T steps. It
+    normalizes the class probabilities after each utterance, so the results are as precise after
+    thousands of utterances as after one.
 
     Args:
       num_classes: Number of classes C.

@@ -26,8 +26,8 @@ _MAX_UNOPTIMIZED = 5_000_000
 def jit_initialization(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Compiles a function that creates parameters and is called only a few times.
 
-    On CPU, most of XLA's optimizations are disabled, because they would take more time than they
-    save.
+    On CPU, most of XLA's optimizations are disabled for up to `_MAX_UNOPTIMIZED` values, because
+    they would take more time than they save.
 
     Args:
       function: Function of arrays, at least one of which is a `jax.Array`. The arguments of all
@@ -182,5 +182,5 @@ def _draw_uniform(
 
 
 def _set(parameter: nnx.Param, value: jax.Array) -> None:
-    # `parameter[...] = value` is traced and compiled slowly.
+    # `parameter[...] = value` would be traced and compiled, which is slow.
     parameter.set_raw_value(value.astype(parameter.dtype))

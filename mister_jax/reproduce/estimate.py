@@ -100,8 +100,8 @@ _CORPUS_SIZES = {
     ("mosi", "six"): CorpusSize(1284, 229, 2199, 52, 4.2, 16),
 }
 
-# (encoder, device) -> XLA's estimates for TPUs in docs/benchmarks.md: utilization and GiB per chip
-# of the LoRA step, then utilization and GiB per chip of extraction.
+# Maps (encoder, device) to XLA's estimates for TPUs in docs/benchmarks.md: utilization and GiB per
+# chip, first for the LoRA step and then for extraction.
 _RECORDED = {
     ("llama_3_1_8b", "v5e-8"): ((0.42, 7.6), (0.64, 3.0)),
     ("llama_3_1_8b", "v5p-8"): ((0.40, 9.2), (0.61, 4.3)),
@@ -153,15 +153,15 @@ class Part:
     extra_flops: float = 0.0
 
     def forward_flops(self) -> float:
-        """Returns the FLOPs of the forward pass: 2 per parameter and position, and attention."""
+        """Returns the forward FLOPs per utterance: 2 per weight and position, and attention."""
         attention = 4.0 * self.layers * self.hidden_size * self.positions**2
         return 2.0 * self.weights * self.positions + attention + self.extra_flops
 
     def training_flops(self) -> float:
-        """Returns the FLOPs of a training step.
+        """Returns the FLOPs of a training step per utterance.
 
-        Each parameter and position takes 6 FLOPs if all parameters are trained, 4 with LoRA, and 2
-        if they are frozen.
+        Each weight and position takes 6 FLOPs if all weights are trained, 4 with LoRA, and 2 if
+        they are frozen.
         """
         return self.forward_flops() * {"full": 3, "lora": 2, "frozen": 1}[self.training]
 
@@ -213,7 +213,7 @@ def corpus_size(settings: Settings) -> CorpusSize:
 
 
 def encoder_parts(encoder: Encoder, modality: str, corpus: CorpusSize) -> list[Part]:
-    """Returns the transformers of an encoder, with the sizes in its folder or of its release.
+    """Returns the transformers of an encoder; the sizes come from its folder or its release.
 
     Raises:
       InputError: The sizes are unknown.
@@ -348,7 +348,7 @@ def estimate(settings: Settings, device_name: str) -> list[Estimate]:
 
 
 def _changed(config: ConfigDict, options: tuple[str, ...]) -> ConfigDict:
-    """Returns the config with the changed fields that affect the prediction."""
+    """Applies the options that affect the prediction to a config, and returns the config."""
     for option in options:
         field, _, value = option.partition("=")
         if field in ("train.epochs", "data.batch_size", "train.accumulation"):

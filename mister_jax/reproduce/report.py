@@ -167,7 +167,7 @@ def write_report(
 
 
 def _notes(settings: Settings, partial: bool) -> list[str]:
-    """Returns lines about changed config fields, an incomplete corpus and other encoders."""
+    """Returns lines about changed fields, an incomplete corpus and encoders not in the preset."""
     changes = [
         f"{name}: {', '.join(options)}"
         for name, options in (

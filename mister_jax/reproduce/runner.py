@@ -26,7 +26,7 @@ Runner = Callable[[Sequence[str]], int]
 STOPPED = 128 + signal.SIGTERM
 """Exit status after SIGTERM."""
 
-# Settings that a later run may change, because no result depends on them.
+# Settings that a later run may change: paths, and whether an incomplete corpus is allowed.
 _MUTABLE = ("source", "workdir", "data_dir", "partial")
 
 

@@ -61,7 +61,7 @@ class Encoder:
     is_default: bool
 
     def overrides(self) -> tuple[str, ...]:
-        """Returns the fields of the config that this encoder changes."""
+        """Returns "FIELD=VALUE" for each field of the config that this encoder changes."""
         if self.is_default:
             return ()
         names = {"name": self.name, **self.parts}
@@ -91,7 +91,7 @@ class Settings:
       speech_options: Changed fields of the speech encoder's config.
       fusion_options: Changed fields of MiSTER-E's config.
       num_devices: Number of devices that share a batch, which determines the number of gradient
-        accumulation steps; 0 uses the number for one device.
+        accumulation steps; 0 uses the number of steps for one device.
     """
 
     corpus: str

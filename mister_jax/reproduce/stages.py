@@ -13,7 +13,7 @@ from mister_jax.io import read_json
 from mister_jax.reproduce.settings import PRESETS, Settings
 
 RECIPES: Mapping[str, str] = {"paper": ",paper", "default": ""}
-"""Maps each recipe of MiSTER-E to its variants of `configs.fusion`, with a leading comma."""
+"""Maps each recipe of MiSTER-E to what follows DATASET in `--config=fusion:DATASET`."""
 
 SPLITS = ("validation", "test")
 

@@ -182,8 +182,8 @@ def train_group(
         state = multi_seed.join_runs([run_state] * len(runs), len(seeds))
         if shared is not None:
             state = {**state, "constants": shared.constants(runs, len(seeds))}
-        # Groups that share steps all use the number of steps of the longest run, so that they make
-        # the same choice.
+        # Groups that share steps need the same `is_short`, so they use the number of steps of the
+        # longest run in all of these groups.
         num_steps = first.total_steps if shared is None else shared.num_steps
         is_short = is_short_training(
             optax.tree.size((state["params"], state["frozen"])),
@@ -235,21 +235,21 @@ def _compiled_steps(
 
 def _evaluation_tree(template: ModelTemplate, params: Any, opt_state: Any) -> Any:
     params = params_for_evaluation(params, opt_state)
-    # Slicing on the host needs no compiled program.
+    # Splitting the vectors on the host needs no compiled program.
     return params if template.vectors is None else template.to_tree(jax.device_get(params))
 
 
 def _load_initial_states(
     plans: Sequence[RunPlan], shared: SharedSteps | None, quiet: bool
 ) -> tuple[ModelTemplate, Any]:
-    """Returns the model template and the stacked states of all runs and seeds."""
+    """Returns the model template and the stacked initial states of one run's seeds."""
     if shared is not None and shared.initial_states is not None:
         return shared.initial_states
     first = plans[0]
     init_from = first.options.init_from
     start = None
-    # A resumed run replaces the initial parameters anyway, and the model in `init_from` may no
-    # longer exist.
+    # A resumed run does not use the initial parameters, and the model in `init_from` may no longer
+    # exist.
     if init_from and not all(_has_checkpoint(plan.workdir) for plan in plans):
         start = InitialParams.load(init_from, first.config.task, len(first.seeds))
         shapes = nnx.eval_shape(lambda: first.task.init(jax.random.key(0)))

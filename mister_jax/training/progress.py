@@ -23,9 +23,9 @@ class TrainConfig:
 
     Attributes:
       epochs: Number of passes over the training split.
-      patience: Number of epochs without improvement of the validation score after which the
-        training of a seed stops; 0 disables early stopping. The run ends when all seeds have
-        stopped.
+      patience: Number of epochs without improvement of a seed's validation score after which the
+        seed's best epoch is final; 0 disables early stopping. The run ends when the best epochs of
+        all seeds are final.
       select_by: Validation score that determines the best epoch: one of `metrics.SCORE_NAMES`,
         "loss" for the lowest cross-entropy, or "mae" for the lowest mean absolute error of a model
         that predicts scores. With "last", the last epoch is used, and validation scores are only

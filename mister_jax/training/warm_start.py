@@ -64,7 +64,7 @@ class InitialParams:
           trainable: NNX filter for the trained parameters of the model.
 
         Raises:
-          InputError: No parameter has the same name and shape.
+          InputError: No parameter matches in name and shape.
         """
         shapes = _by_name(nnx.as_pure(nnx.state(model, trainable)))
         values = _by_name(self.per_seed[0])

@@ -1,4 +1,4 @@
-"""Candidates are timed in alternation, and synthetic dialogue lengths resemble a corpus."""
+"""Candidates are timed in alternation, and synthetic dialogue lengths resemble those of IEMOCAP."""
 
 import numpy as np
 

@@ -176,7 +176,7 @@ def test_a_pipeline_is_deleted_without_delay():
     plan = BatchPlan(features.lengths, batch_size=4)
     delays = []
     for _ in range(10):
-        # With autotuning of tf.data, the deletion of a third of such pipelines takes over 0.1 s.
+        # With autotuning of tf.data, a third of these deletions would take over 0.1 s.
         pipeline = batches(features, plan, seed=0, epoch=0, num_epochs=60 // plan.steps_per_epoch)
         for _ in pipeline:
             time.sleep(0.002)

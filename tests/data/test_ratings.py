@@ -258,7 +258,7 @@ def test_scores_equal_those_of_scipy_and_hand_made_agreement():
     assert scores["js_divergence"] == pytest.approx(np.square(distances).mean())
     chosen = [ratings[row, probabilities[row].argmax()] > 0 for row in rows]
     assert scores["any_rater_accuracy"] == np.mean(chosen)
-    # Three utterances have three raters each. Of the three pairs of raters, 3, 0 and 1 pairs agree.
+    # Three utterances have three raters each: 3, 0 and 1 of their three pairs of raters agree.
     agreement = (1 + 0 + 1 / 3) / 3
     chance = (4 / 9) ** 2 + (3 / 9) ** 2 + (2 / 9) ** 2
     assert scores["rater_agreement"] == pytest.approx(agreement)

@@ -11,7 +11,7 @@ from mister_jax.errors import InputError
 
 
 def hub_error(error_class):
-    """Returns an error without an HTTP response, whose class differs between Hub versions."""
+    """Returns an error without an HTTP response, because its class depends on the Hub version."""
     return error_class.__new__(error_class)
 
 

@@ -512,7 +512,7 @@ def test_browser_shows_the_dialogues(tmp_path, kind):
     text = render(
         features, predictions, texts={"u0": SCRIPT_INJECTION}, study=MISSING_MODALITY_STUDY
     )
-    # The page's content security policy allows only its script, so allow the test script too.
+    # The page's content security policy allows only the page's script, so allow the test's too.
     text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", text)
     watch = "window.failures = []; window.onerror = (message) => window.failures.push(message);"
     text = text.replace("<head>", f"<head><script>{watch}</script>", 1)

@@ -18,5 +18,5 @@ def assert_predictions_close(rows, expected):
         for field in ("emotion", "experts"):
             assert row[field] == expected_row[field]
         for field in ("probabilities", "gate"):
-            # The small models of the tests are saturated and magnify the rounding of features.
+            # The small models of the tests magnify the rounding errors of the features.
             assert row[field] == pytest.approx(expected_row[field], abs=5e-5)

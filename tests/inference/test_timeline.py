@@ -589,7 +589,7 @@ wait(80);
 def test_browser_seeks_and_follows(tmp_path, rows, embed_audio):
     rows[1]["uncertain"] = True
     path = write_page(tmp_path, rows[:4], embed_audio=embed_audio)
-    # The policy of the page allows only the page's script, so allow the test script too.
+    # The page's content security policy allows only the page's script, so allow the test's too.
     text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", path.read_text())
     watch = "window.failures = []; window.onerror = (message) => window.failures.push(message);"
     text = text.replace("<head>", f"<head><script>{watch}</script>", 1)

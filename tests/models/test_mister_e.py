@@ -105,7 +105,7 @@ def assert_finite(tree):
 
 
 def put_into_batch(dialogue, make_batch):
-    """Puts a dialogue [1, T] into row 1 of a full and of an otherwise empty batch [3, 4 T]."""
+    """Puts a dialogue [1, T] into row 1 of two batches [3, 4 T], one of them otherwise empty."""
     full = make_batch((4 * LENGTH, LENGTH, 3), seed=9)
     for name, values in dialogue.items():
         full[name][1] = 0

@@ -224,7 +224,7 @@ def dataset_name(source: str | pathlib.Path, fold: int | None) -> str:
 
 
 def _find_folds(root: pathlib.Path) -> dict[int, dict[str, list[pathlib.Path]]]:
-    """Returns the files of each part of each fold."""
+    """Returns the files of each fold by part, such as "train"."""
     folds: dict[int, dict[str, list[pathlib.Path]]] = {}
     paths = [path for path in root.glob("*/*") if _FOLD.fullmatch(path.parent.name)]
     for path in sorted([*root.glob("*.json*"), *paths]):
@@ -421,9 +421,9 @@ def _first_line(fields: Fields, *names: str) -> str:
 
 
 def _read_label_map(folder: pathlib.Path) -> tuple[dict[str, str], pathlib.Path | None]:
-    """Returns EmoBox's map from labels to class names in the current spelling, and its file.
+    """Returns EmoBox's map from labels to class names in the current spelling, and the map's path.
 
-    Without a file, the map is empty.
+    If there is no label map, the map is empty and the path is None.
     """
     for path in (folder / name for name in _LABEL_MAPS):
         if not path.is_file():

@@ -169,7 +169,7 @@ class PathPattern:
         return shortest.groupdict()
 
     def _group(self, name: str) -> str:
-        """Returns the start of the regular expression's group that matches a field."""
+        """Returns the opening of the regular expression group that matches a field."""
         if name == "_":
             return "(?:"
         if not name.isidentifier():

@@ -125,7 +125,7 @@ def _read_split(
             )
         for row in reader:
             location = f"{path}: line {reader.line_num}"
-            # `DictReader` stores extra fields as a list under None, and None for missing fields.
+            # `DictReader` stores extra fields under the key None, and missing fields as None.
             num_fields = sum(value is not None for value in row.values())
             if None in row:
                 num_fields += len(row[None]) - 1

@@ -20,7 +20,7 @@ CORPORA: Mapping[str, str] = {
     "mosei": "mister_jax.data.corpora.mosei.Mosei",
     "emorynlp": "mister_jax.data.corpora.emorynlp.Emorynlp",
 }
-"""Maps corpora to their builders. Builders need TFDS, so they are imported on first use."""
+"""Import path of each corpus's builder, which is imported on first use because it needs TFDS."""
 
 
 def builder_class(name: str) -> "type[DialogueBuilder]":

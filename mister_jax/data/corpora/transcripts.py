@@ -35,7 +35,7 @@ class TranscriptOptions:
         `read_transcript`.
       label_tier: Name of the tier that contains the emotions.
       label_column: Name of the table column that contains the emotions.
-      label_suffix: Whether the emotion is at the end of the text in brackets.
+      label_suffix: Whether the text ends with the emotion in brackets.
       channel: Channel of the recordings to read, or "split" to read each utterance from the channel
         that the transcript states, or from "mix" if the transcript states none.
       rules: Rules that turn segments into utterances.

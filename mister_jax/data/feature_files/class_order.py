@@ -18,7 +18,8 @@ _IEMOCAP = {
 _IEMOCAP_FOUR = {name: _IEMOCAP[name] for name in ("happy", "sad", "neutral", "angry")}
 
 TEST_COUNTS: Mapping[str, Sequence[Mapping[str, int]]] = {
-    # The second and third entries have four classes: "excited" is left out or merged into "happy".
+    # The second and third versions have four classes: the second omits "excited", and the third
+    # merges "excited" into "happy".
     "IEMOCAP": (_IEMOCAP, _IEMOCAP_FOUR, _IEMOCAP_FOUR | {"happy": 443}),
     "MELD": (
         {

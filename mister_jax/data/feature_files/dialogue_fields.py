@@ -1,4 +1,4 @@
-"""Reads feature files whose fields are dicts of dialogues, in a tuple, a list or a dict.
+"""Reads feature files with a tuple, list or dict of fields, where a field is a dict of dialogues.
 
 DialogueRNN (arXiv 1811.00405) introduced this kind of file. Most later work on emotion recognition
 in conversations also uses such files, but with other fields or another order of the fields. This
@@ -110,7 +110,7 @@ _NUM_SAMPLED = 50
 
 @dataclasses.dataclass
 class _DialogueField:
-    """A field with either the values of each dialogue (`values`) or a list of dialogues (`ids`)."""
+    """A field with either the values of each dialogue (`values`) or dialogue ids (`ids`)."""
 
     kind: str
     dim: int = 0
@@ -195,7 +195,7 @@ def _common_kind(values: Iterable[Any]) -> tuple[str, int]:
 
 
 def _match_order(fields: Mapping[str, _DialogueField]) -> tuple[str, dict[str, list[str]]]:
-    """Returns the first layout that matches the kinds of all fields, and the keys by entry.
+    """Returns the first layout that matches the kinds of all fields, and the field keys by entry.
 
     If no layout matches, only the label is recognized, and only if exactly one field has integers.
     """
@@ -474,8 +474,8 @@ class DialogueFields(FeatureSource):
     def _utterance_ids(self, keys: Sequence[str], lengths: Mapping[str, int]) -> list[str]:
         """Returns utterance ids that are unique in the file.
 
-        If the file's ids are unique, they are returned unchanged. Otherwise, the dialogue is put
-        before each id. If an id is missing or repeated in its dialogue, positions replace all ids.
+        If the file's ids are unique, they are returned unchanged. Otherwise, the ids have the form
+        DIALOGUE_ID or, if an id is missing or repeated in its dialogue, DIALOGUE_POSITION.
         """
         dialogues = [dialogue for dialogue, count in lengths.items() for _ in range(count)]
         positions = [str(index) for count in lengths.values() for index in range(count)]

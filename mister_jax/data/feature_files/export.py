@@ -92,7 +92,7 @@ def _columns(
     splits: Mapping[str, DialogueFeatures],
     extra: Mapping[str, Mapping[tuple[str, str], Any]],
 ) -> tuple[Columns, Columns, Sequence[str]]:
-    """Returns columns other than features, the features [N, D] by modality, and the classes."""
+    """Returns columns other than features, the features [N, D] by modality, and class names."""
     parts = list(splits.values())
     names = np.repeat([part.split for part in parts], [len(part.label) for part in parts])
     dialogue = [np.repeat(part.dialogue_ids, part.lengths) for part in parts]

@@ -1,9 +1,9 @@
 """Reads feature files whose dialogues are padded to one length, with separate arrays per split.
 
 The contextual LSTM of Poria et al. (ACL 2017) introduced two layouts. The first layout is a tuple.
-For each split, the tuple contains features [D, T, F], labels ([D, T] or one-hot [D, T, C]), and
-lengths [D]. The splits are training and test, and in some files also validation. The second layout
-is a dict that contains the same arrays by name, but masks [D, T] instead of lengths.
+For each split of D dialogues, it contains features [D, T, F], labels ([D, T] or one-hot [D, T, C]),
+and lengths [D]. The splits are training and test, and in some files also validation. The second
+layout is a dict that contains the same arrays by name, but masks [D, T] instead of lengths.
 """
 
 import pathlib
@@ -42,7 +42,7 @@ def open_padded_arrays(path: pathlib.Path, content: Any) -> "PaddedArrays | None
 def _parts_by_order(
     content: Sequence[Any],
 ) -> tuple[dict[str, Arrays], Arrays, Arrays] | None:
-    """Returns the features by key, the labels, and the lengths [D] or masks [D, T]."""
+    """Returns the features by key and split, the labels by split, and the lengths [D] by split."""
     arrays = [
         (index, value) for index, value in enumerate(content) if isinstance(value, np.ndarray)
     ]

@@ -57,8 +57,8 @@ def read_features(
             keys of later pickles have a prefix ("2:3" is field 3 of the second pickle).
         group_by: Name of an array in an npz file, or "speaker". A random split puts all dialogues
             with the same value into one split.
-        seed: Seed of a random split. If the file has splits but no validation split, the same seed
-            is used to draw validation dialogues.
+        seed: Seed of a random split. If a pickle or JSON file has splits but no validation split,
+            validation dialogues are drawn from the training split with this seed.
         fields: Keys of the fields to use by role, such as `{"text": "3", "speech": "4"}`. These
             keys replace the layout's default keys.
         labels: Class names in the order of their indices. Needed if the file contains only indices

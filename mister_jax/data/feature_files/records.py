@@ -24,7 +24,7 @@ _ID_KEYS = ("vid", "id", "dialogue", "dialogue_id", "dialog_id", "conv_id")
 
 
 def split_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Returns the JSON file of each split in a folder, recognized by the start of its name."""
+    """Returns the JSON file of each split in a folder, recognized by the start of the file name."""
     files: dict[str, pathlib.Path] = {}
     for path in sorted(folder.iterdir()):
         if ".json" not in path.name or not path.is_file():

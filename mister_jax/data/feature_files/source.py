@@ -78,8 +78,8 @@ class FeatureSource(abc.ABC):
         fields: Fields in the order of the file.
         defaults: Roles that follow from the layout.
         roles: Roles that fields of this layout can have.
-        averages: Whether the user can select several feature fields for a modality. If so, the
-            features are the mean of these fields.
+        averages: Whether the user can select several feature fields for a modality, which are then
+            averaged.
         class_names: Class names in the order of the labels; empty if the file has no class names.
     """
 
@@ -104,8 +104,8 @@ class FeatureSource(abc.ABC):
         """Returns the default roles of the layout, changed by the user's choices.
 
         Args:
-            choices: Map from each role to change to the key of a field, or to several keys joined
-                by `+`. An empty value removes the role.
+            choices: Key of a field by role, or several keys joined by `+`. An empty value removes
+                the role.
 
         Raises:
             InputError: A role or key does not exist.

@@ -40,7 +40,7 @@ _KINDS = {
 class FeatureTable:
     """Arrays with one row per utterance. `read_npz` describes the arrays.
 
-    Error messages about an array name the file, the array and, if possible, the first invalid row.
+    Error messages contain the file, the name of the array and, if possible, the first invalid row.
 
     Args:
         path: File that the arrays come from.

@@ -322,7 +322,7 @@ def _interpolate(tier: ET.Element, slots: dict[str, float]) -> None:
 def _referring_intervals(
     annotations: Sequence[ET.Element], intervals: dict[str, tuple[float, float]]
 ) -> dict[str, tuple[float, float]]:
-    """Returns the times of annotations that evenly divide the time of their parent annotation."""
+    """Returns the times of child annotations, which evenly divide the time of their parent."""
     children = collections.defaultdict(list)
     for annotation in annotations:
         children[annotation.get("ANNOTATION_REF", "")].append(annotation.get("ANNOTATION_ID", ""))

@@ -101,7 +101,7 @@ def describe_counts(counts: Mapping[str, int]) -> str:
 
 
 def channel_indices(names: Iterable[str]) -> dict[str, Channel | None]:
-    """Returns the index for each channel name in a file, such as "1" and "2", or "A" and "B".
+    """Maps the channel names in a file, such as "1" and "2", or "A" and "B", to channel indices.
 
     If the names have another form, all indices are None. If a file names only one channel, the
     index is also None: a single "1" or "A" may also stand for the mix of all channels.

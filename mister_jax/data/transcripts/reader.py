@@ -227,7 +227,7 @@ def _is_prediction(path: pathlib.Path) -> bool:
     if suffix == ".vtt":
         return bool(re.match(r"WEBVTT\n\nSTYLE\n::cue\(\.", text)) and "<c." in text
     if suffix == ".srt":
-        # In predictions, the first line of every cue is the emotion in brackets and some text.
+        # In predictions, the first line of every cue starts with the emotion in brackets.
         texts = re.findall(r"-->.*\n(.+)", text)
         return bool(texts) and all(re.match(r"\[[^\]]+\] \S", line) for line in texts)
     return suffix == ".eaf" and 'AUTHOR="mister_jax"' in text

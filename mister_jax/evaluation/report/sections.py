@@ -210,7 +210,7 @@ def render_gate(predictions: SplitPredictions) -> str:
 def render_calibration(
     predictions: SplitPredictions, bootstrap: DialogueBootstrap, summary: Mapping[str, Any]
 ) -> str:
-    """Renders the expected calibration error, the calibration curve, and the calibration's scores.
+    """Renders the expected calibration error, the calibration curve, and `summary`.
 
     Args:
       predictions: Predictions for the split.

@@ -60,7 +60,7 @@ def score_models(
         scores = bootstrap.scores(predicted)
         difference = None
         if kind != "model":
-            # An expert may not vote on all utterances, so score the model on the same utterances.
+            # An expert may vote on only some utterances, so score the model on the same ones.
             same = np.where(predicted >= 0, predictions.predicted, NO_VOTE)
             value, resampled = scores["weighted_f1"]
             model_value, model_resampled = bootstrap.scores(same)["weighted_f1"]

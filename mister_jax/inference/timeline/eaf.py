@@ -34,7 +34,7 @@ _BEFORE_CONSTRAINTS = (*_BEFORE_TYPES, "LOCALE", "LANGUAGE", "CONSTRAINT")
 
 
 def to_eaf(path: epath.PathLike, rows: Sequence[Row], given: Annotation | None = None) -> str:
-    """Returns an ELAN document that links the recording.
+    """Returns an ELAN document with a link to the recording.
 
     Each emotion is a child of the annotation with the text, so ELAN moves and deletes the two
     together. If the transcript is itself an annotation file, emotions have separate times, because
@@ -153,11 +153,11 @@ class _Document:
             _annotate(tier, "REF_ANNOTATION", one_line(value), **ids)
 
     def link(self, path: epath.PathLike, recording: str) -> None:
-        """Links a recording, unless the document already links a file with the same name."""
+        """Adds a link to a recording, unless the document has a link to a file with this name."""
         header = self._child("HEADER", ("LICENSE",), MEDIA_FILE="", TIME_UNITS="milliseconds")
         descriptors = header.findall("MEDIA_DESCRIPTOR")
         new = _media_descriptor(path, recording)
-        # Existing links may be percent-encoded or not; `new` has the name in both forms.
+        # Existing links may be percent-encoded; `new` has the name with and without encoding.
         if _linked_names([new]).isdisjoint(_linked_names(descriptors)):
             header.insert(len(descriptors), new)
 

@@ -17,7 +17,7 @@ A row has these fields. A field that is missing, null or empty counts as absent.
   to `end` if several rows have the same recording.
 - `audio_channel`: `mix` (default), `left`, `right`, or a channel index, counted from 0.
 - `text`: The transcript. A row needs `audio` or `text`.
-- `label`: The emotion. Rows without a label only serve as context for other rows.
+- `label`: The emotion. Rows without a label serve as context for other rows.
 - `score`: The sentiment, from -3 to 3.
 - `ratings`: Number of raters who chose each emotion, as a JSON object such as
   `{"happy": 2, "sad": 1}`. If `label` is absent, the label is the emotion that more than half of
