@@ -10,13 +10,13 @@ DATASET@test reads the dataset's test split, to confirm a choice. On such a set,
 trains on the training split, selects its epoch on the validation split, and is scored on the test
 split.
 
-On all other sets, all recipes train on the same dialogues, for their full number of epochs, and
-select nothing on validation. For each utterance, the model of the fold that holds out this
-utterance makes the prediction. The predictions of all folds are scored together. In addition to the
-recipes, the table has each expert of the first recipe, and logistic regression on the features of
-an utterance and its neighbors. The number of neighbors and the strength of the regularization are
-selected on the validation dialogues of each fold. The difference from the first recipe has a 95%
-confidence interval from a paired bootstrap over dialogues.
+On a set with other folds, such as DATASET@dialogue:5, all recipes train on the dialogues of the
+other folds, for their full number of epochs, without validation. For each utterance, the model of
+the fold that holds out this utterance makes the prediction. The predictions of all folds are scored
+together. In addition to the recipes, the table has each expert of the first recipe, and logistic
+regression on the features of an utterance and its neighbors. The number of neighbors and the
+strength of the regularization are selected on the validation dialogues of each fold. The difference
+from the first recipe has a 95% confidence interval from a paired bootstrap over dialogues.
 
 If the best of many recipes is chosen by its score, this score is biased upward. The table therefore
 states how many recipes were tried. Confirm the choice on a test split. With several seeds, the

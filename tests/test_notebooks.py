@@ -69,5 +69,5 @@ def test_your_own_recordings_predicts_a_recording(monkeypatch):
     variables = run_notebook("your_own_recordings")
     assert all(row["end"] > row["start"] for row in variables["rows"])
     assert any(row["text"] for row in variables["rows"])
-    assert len(variables["found"]) >= 2
+    assert len(variables["loud_rows"]) >= 2
     assert (variables["folder"] / "timeline.html").exists()

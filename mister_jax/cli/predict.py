@@ -23,7 +23,8 @@ line on standard output.
 The extension of --output determines the format: .jsonl and .csv have one row per utterance. For
 recordings, the formats .html (a page with player and waveform), .srt, .vtt, .TextGrid (Praat) and
 .eaf (ELAN) are also supported. The exit status is 1 if at least one --recording is unusable, or if
-the recordings of all utterances are unusable. It is 2 if the only --recording cannot be read.
+the recordings of all utterances are unusable. If there is only one --recording, and this recording
+cannot be read, the exit status is 2.
 """
 
 from __future__ import annotations

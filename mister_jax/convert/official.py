@@ -26,8 +26,9 @@ from mister_jax.errors import InputError
 from mister_jax.models import MisterE, MisterEConfig
 from mister_jax.nn.rngs import make_rngs
 
-# Official names in a co-attention layer's stacked blocks: query, key and value projections,
-# attention, output projection and LayerNorm. The first row is speech, the second row is text.
+# Parts of the official layer names in each block of a co-attention layer. The columns are the
+# query, key and value projections, the attention, the output projection and the LayerNorm. The
+# first row is for speech, and the second row is for text.
 _BLOCKS = {
     "cross_attention": (
         ("audq", "asrk", "asrv", "aud", "audio", "a"),

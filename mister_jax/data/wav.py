@@ -153,8 +153,8 @@ def pcm_blocks(
     """Reads the integer samples of a WAV file from index `first` on. `header.is_pcm` must be true.
 
     Yields:
-        Blocks [size, channels] int16 with full scale 2^15, or int32 with full scale 2^31 if
-        containers have more than 16 bits. Valid bits are the highest bits of a container.
+        Blocks [size, channels] int16 with full scale 2^15, or int32 with full scale 2^31 if a
+        sample occupies more than 16 bits in the file. The valid bits are the highest of these bits.
     """
     end = header.file_size
     if header.data_size is not None:

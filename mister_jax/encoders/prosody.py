@@ -347,7 +347,10 @@ def _rhythm_features(
     voiced: jax.Array,
     lengths: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Computes durations and rates from frame masks, [B, F], and `lengths`, [B], in samples."""
+    """Computes the features `_RHYTHM_NAMES`, [B] each, of clips.
+
+    The arguments are the energy and masks of the frames, [B, F], and lengths, [B], in samples.
+    """
     count = jnp.maximum(valid.sum(1), 1)
     seconds = count / _FRAME_RATE
     num_sounding = jnp.cumsum(sounding, axis=1)

@@ -34,7 +34,7 @@ from mister_jax.pretrained import DEFAULT_MODEL, load_mister_e
 
 # Decoded speech is collected until it has at least this many seconds, and is then encoded. 1200 s
 # take 38 MB as int16.
-_MAX_GROUP_SECONDS = 1200.0
+_GROUP_SECONDS = 1200.0
 
 MAX_CONTEXT = 128
 """Maximum number of a recording's utterances that are predicted together; see `_sections`."""
@@ -452,7 +452,7 @@ class EmotionRecognizer(ModelHubMixin):
     ) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
         """Returns speech features [N, F], presence flags [N], and notes.
 
-        Speech is decoded and encoded in groups of about `_MAX_GROUP_SECONDS`, so memory does not
+        Speech is decoded and encoded in groups of about `_GROUP_SECONDS`, so memory does not
         grow with the length of a recording.
         """
         num_utterances = len(utterances)
@@ -473,7 +473,7 @@ class EmotionRecognizer(ModelHubMixin):
             group[index] = clip
             num_samples += len(clip)
             notes[index] = clip_notes + self._length_notes(clip)
-            if num_samples >= _MAX_GROUP_SECONDS * SAMPLE_RATE or index == order[-1]:
+            if num_samples >= _GROUP_SECONDS * SAMPLE_RATE or index == order[-1]:
                 indices = list(group)
                 features[indices], present[indices] = self._encode(
                     "speech", list(group.values()), quiet

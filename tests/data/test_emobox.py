@@ -189,7 +189,7 @@ def test_conversations_keep_their_dialogues_and_their_own_validation(tmp_path):
     first, second = corpus.splits["validation"]
     assert (first.id, second.id) == ("validation_dia0", "validation_dia7")
     assert [turn.id for turn in first.utterances] == ["meld-dia0_utt9-dev", "meld-dia0_utt10-dev"]
-    # Without a label map, the labels are the classes.
+    # Without `label_map.json`, the classes are the capitalized labels.
     assert corpus.class_names == ("Joy",)
 
 

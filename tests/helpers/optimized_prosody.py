@@ -1,7 +1,7 @@
 """Importing this module turns compiler optimizations on for prosody.
 
-Tests turn optimizations off, because most programs run for a shorter time than optimizing them
-would take. Extracting prosody from the clips of a test takes four times as long without them.
+Tests turn optimizations off, because most programs run for a shorter time than the optimizations
+would take. Without optimizations, extracting prosody takes four times as long.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ def test_the_output_has_the_inputs_and_predictions(
     assert (rows[0]["start"], rows[0]["end"], rows[0]["notes"]) == (None, None, [])
     assert [row["label"] for row in rows[:2]] == ["calm", "angry"]
     predictions = recognizer.predict_dialogues(dialogues)
-    # The first two dialogues are the training and the validation dialogue.
+    # The first three rows are those of the training and the validation dialogue, which `dialogues`
+    # does not contain.
     assert_predictions_close(rows[3:], [row for dialogue in predictions for row in dialogue])
 
 

@@ -195,7 +195,7 @@ def test_long_conversations_are_predicted_in_overlapping_sections(
 
 def test_memory_does_not_grow_with_the_length_of_speech(recognizer, recording, srt, monkeypatch):
     expected = recognizer.predict_recording(recording)
-    monkeypatch.setattr(recognizer_module, "_MAX_GROUP_SECONDS", 1.0)
+    monkeypatch.setattr(recognizer_module, "_GROUP_SECONDS", 1.0)
     assert_predictions_close(recognizer.predict_recording(recording), expected)
 
 

@@ -37,8 +37,8 @@ def to_eaf(path: epath.PathLike, rows: Sequence[Row], given: Annotation | None =
     """Returns an ELAN document with a link to the recording.
 
     Each emotion is a child of the annotation with the text, so ELAN moves and deletes the two
-    together. If the transcript is itself an annotation file, emotions have separate times, because
-    an utterance may cover several intervals of the file, or a part of an interval.
+    together. If the transcript is itself an annotation file, emotions are not children but have
+    times, because an utterance may cover several intervals of the file, or a part of an interval.
 
     Args:
       path: File that will contain the document. Relative links are relative to its folder.

@@ -96,7 +96,7 @@ def by_extension(function, *arguments):
 
 
 def attacks(mark: pathlib.Path) -> dict[str, bytes]:
-    """Returns malicious pickles by the function that they name; most try to create `mark`."""
+    """Maps the function that a malicious pickle names to the pickle; most try to create `mark`."""
     command, code = f"touch {mark}", f"open({str(mark)!r}, 'w').close()"
     text = command.encode()
     stack_global = b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c"
