@@ -201,7 +201,7 @@ def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
 def _missing_config(flag: str, message: str) -> str:
     """Converts ml_collections' message about an unreadable config file to a one-line error."""
     reason = " ".join(message.rpartition("[Errno")[2].partition("]")[2].split())
-    return f"--{flag}: {reason}; needed: the path of a Python file"
+    return f"--{flag}: {reason}; needed: the path of a Python file from the current folder"
 
 
 def _find_override(message: str, arguments: list[str]) -> str:

@@ -29,7 +29,7 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an existing export")
 
 def main() -> None:
     """Runs `mister-jax export`."""
-    model = required_workdir(_MODEL, "a directory that `mister-jax train` has written")
+    model = required_workdir(_MODEL, "a work directory or an exported folder")
     if not _OUTPUT.value:
         raise InputError("--output is needed: a folder that does not exist yet")
     from mister_jax.inference.export import export_encoder, export_model

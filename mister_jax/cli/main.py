@@ -47,7 +47,7 @@ def main(subcommand: str | None = None) -> None:
         subcommand, arguments = _read_subcommand(arguments)
     _set_environment()
     # JAX and TensorFlow create so many long-lived objects that garbage collections at Python's
-    # default thresholds would take up to a second. `gc.freeze` avoids such a collection at exit.
+    # default thresholds would take a second or more. `gc.freeze` avoids a last collection at exit.
     gc.set_threshold(20_000, 20, 50)
     atexit.register(gc.freeze)
     try:

@@ -129,11 +129,11 @@ def load_adapter(
     scales = {layer.lora.scale for _, layer in linear_layers(module) if layer.lora}
     if scales != {config.scale}:
         formula = "lora_alpha / sqrt(r)" if config.use_rslora else "lora_alpha / r"
-        raise InputError(
-            f"{folder / CONFIG_FILE}: {formula} = {config.scale:g}; allowed: the scale of the "
-            "module's LoRA, "
-            f"{', '.join(f'{scale:g}' for scale in scales) or 'but the module has no LoRA'}"
-        )
+        needed = "the module has no LoRA; call add_lora before"
+        if scales:
+            allowed = ", ".join(f"{scale:g}" for scale in scales)
+            needed = f"allowed: the scale of the module's LoRA, {allowed}"
+        raise InputError(f"{folder / CONFIG_FILE}: {formula} = {config.scale:g}; {needed}")
     parts = _read_tensors(folder, table, rules)
     sources = _lora_table(module, table, lambda name: parts.prefix + name)
     load_params(module, sources, parts.backbone, skip=_ONLY_LORA)

@@ -131,10 +131,11 @@ def study_for_report(
     speech or text.
     """
     path = output / f"{MISSING_MODALITY}.json"
-    study = read_json(path) if path.exists() else {}
-    identity = _study_identity(predictor, features)
-    if all(study.get(name) == value for name, value in identity.items()):
-        return study
+    if path.exists():
+        study = read_json(path)
+        identity = _study_identity(predictor, features)
+        if all(study.get(name) == value for name, value in identity.items()):
+            return study
     can_study = (
         isinstance(features, DialogueFeatures)
         and (features.label >= 0).any()

@@ -102,7 +102,7 @@ def evaluate(
     ]
     if features.score is not None and metrics.positive_class(features.class_names) is None:
         logging.warning(
-            "dataset %s: sentiment is not evaluated, because the classes must be, for example, "
+            "dataset %s: sentiment is not evaluated, because this needs two classes such as "
             "negative and positive; the classes are %s",
             features.name,
             ", ".join(features.class_names),

@@ -106,7 +106,7 @@ def _open_record(path: pathlib.Path, settings: Settings) -> dict[str, Any]:
                 "or another --workdir"
             )
         # An earlier run may have prepared an incomplete corpus.
-        record["settings"] = values | {"partial": values["partial"] or old["partial"]}
+        record["settings"] = values | {"partial": values["partial"] or old.get("partial", False)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
     return record

@@ -178,7 +178,7 @@ WRONG_USES = {
         ),
     },
     "export": {
-        "": "--model is needed: a directory that `mister-jax train` has written",
+        "": "--model is needed: a work directory or an exported folder",
         "--model=DIR": "--output is needed: a folder that does not exist yet",
         "--model=DIR/ready --output=DIR/new --adapter": "--adapter: cannot be used with DIR/ready",
         "--model=DIR/encoder --output=DIR/new --format=stablehlo": "--format: cannot be used with",

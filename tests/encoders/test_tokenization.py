@@ -7,6 +7,8 @@ import pytest
 from absl import logging
 
 from mister_jax.encoders.bert import BertConfig
+from mister_jax.encoders.hf_config import read_config
+from mister_jax.encoders.registry import load_processor
 from mister_jax.encoders.tokenization import check_max_tokens, encode_texts
 from mister_jax.errors import InputError
 
@@ -93,3 +95,8 @@ def test_max_tokens_cannot_exceed_the_positions_of_the_encoder():
     check_max_tokens(Backbone(None), 10**6)  # Rotary positions are unlimited.
     with pytest.raises(InputError, match="max_tokens=21; allowed: at most 20"):
         check_max_tokens(Backbone(config), 21)
+
+
+def test_an_empty_text_config_is_ignored(bert_folder):
+    hf_config = {**read_config(bert_folder), "text_config": None}
+    assert load_processor(bert_folder, None, hf_config=hf_config).get_vocab()

@@ -439,13 +439,13 @@ def test_ensemble_of_seeds_is_described():
         "mean": {"weighted_f1": 0.6},
         "deviation": {"weighted_f1": 0.1414},
     }
-    config = {"seed": 3, "train": {"epochs": 9}}
+    config = {"seed": 3, "train": {"epochs": 9, "select_by": "last"}}
     experiment = Experiment(name="run", config=config, epochs=(7, 9))
     text = report_html(
         SplitPredictions.from_features(features, predictions), split_scores, experiment
     )
     assert "an ensemble of 2 seeds. A single seed reaches weighted F1 0.600 ± 0.141" in text
-    assert "seeds 3, 4" in text and "epochs 7, 9 of 9" in text
+    assert "seeds 3, 4" in text and "epochs 7, 9 of 9<" in text
 
 
 BROWSER = next(

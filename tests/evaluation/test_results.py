@@ -294,7 +294,7 @@ def test_a_report_shows_the_scores_and_the_checkpoint(finished_workdir, tmp_path
     scores = evaluate(finished_workdir, "test", output=tmp_path, report=True, quiet=True)
     text = (tmp_path / "report.html").read_text()
     assert f"{scores['weighted_f1']:.3f}" in text
-    assert f"epoch {scores['checkpoint']['epoch']} of 2" in text
+    assert f"epoch {scores['checkpoint']['epoch']} of 2, the best on validation" in text
     assert re.search(r"saved \d{4}-\d\d-\d\d \d\d:\d\d UTC", text)
 
 

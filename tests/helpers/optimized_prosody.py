@@ -18,7 +18,8 @@ _create = speech.ProsodyEncoder.__init__
 
 
 def _options(platform: str) -> dict[str, Any]:
-    return {**_fast_compiler_options(platform), "xla_backend_optimization_level": 1}
+    options = _fast_compiler_options(platform)
+    return {**options, "xla_backend_optimization_level": 1} if platform == "cpu" else options
 
 
 @functools.wraps(_create)

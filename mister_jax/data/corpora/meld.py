@@ -125,11 +125,10 @@ def _read_split(
             )
         for row in reader:
             location = f"{path}: line {reader.line_num}"
-            # `DictReader` stores extra fields under the key None, and missing fields as None.
-            num_fields = sum(value is not None for value in row.values())
-            if None in row:
-                num_fields += len(row[None]) - 1
-            if num_fields != len(columns):
+            # `DictReader` stores extra fields as a list under None, and None for missing fields.
+            if None in row or None in row.values():
+                num_fields = sum(value is not None for value in row.values())
+                num_fields += len(row[None]) - 1 if None in row else 0
                 raise InputError(
                     f"{location}: {num_fields} fields; needed: {len(columns)}, one per column"
                 )

@@ -40,7 +40,7 @@ def open_mmsa(path: pathlib.Path, content: Any) -> "MmsaFeatures | None":
     if not isinstance(content, dict):
         return None
     splits = {
-        _SPLITS[key]: {str(name): value for name, value in part.items()}
+        _SPLITS[key]: {str(name): value for name, value in part.items() if value is not None}
         for key, part in content.items()
         if key in _SPLITS and isinstance(part, dict)
     }
@@ -58,9 +58,7 @@ class MmsaFeatures(FeatureSource):
 
     def __init__(self, path: pathlib.Path, splits: Mapping[str, Mapping[str, Any]]) -> None:
         self._splits = splits
-        names = dict.fromkeys(
-            name for part in splits.values() for name, value in part.items() if value is not None
-        )
+        names = dict.fromkeys(name for part in splits.values() for name in part)
         fields = [_describe(name, [part.get(name) for part in splits.values()]) for name in names]
         kinds = {field.key: field.kind for field in fields}
         defaults: dict[str, tuple[str, ...]] = {}

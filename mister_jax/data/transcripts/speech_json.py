@@ -142,13 +142,19 @@ def _response(data: Record) -> Record:
 
 
 def _join_responses(responses: Sequence[Record]) -> Record:
-    """Returns one response with the results of a list of Google's streaming responses."""
-    responses = [_response(response) for response in responses]
+    """Returns one response with the final results of a list of Google's streaming responses.
+
+    A single response is returned unchanged.
+    """
     if len(responses) == 1:
-        return responses[0]
-    if not all(isinstance(response.get("results"), list) for response in responses):
+        return _response(responses[0])
+    if not any(map(_is_google, responses)):
         raise InputError(f"is JSON with a list of {len(responses)} objects; needed: one transcript")
-    return {"results": [result for response in responses for result in response["results"]]}
+    # Responses about events have no results.
+    results = [result for response in responses for result in _records(response, "results")]
+    # In a stream, results that are not final are repeated by later results.
+    final = [result for result in results if _first(result, ("isFinal", "is_final"))]
+    return {"results": final or results}
 
 
 def _load(text: str) -> Any:

@@ -417,11 +417,30 @@ def test_a_list_of_google_responses_is_read_completely(read, times):
     assert times(read("a.json", lines)) == [(0, 1, "Hello"), (5, 6, "Hello")]
 
 
+def test_only_the_final_results_of_a_google_stream_are_read(read, times):
+    def response(words, end, **more):
+        alternatives = [{"transcript": words}]
+        return {"results": [{"alternatives": alternatives, "resultEndTime": end, **more}]}
+
+    responses = [
+        response("to", "1s"),
+        response("to be", "2s"),
+        {"speechEventType": "END_OF_SINGLE_UTTERANCE"},
+        response("to be or not", "3s", isFinal=True),
+        response("that is", "5s", isFinal=True),
+        {"totalBilledTime": "15s"},
+    ]
+    expected = [(0, 3, "to be or not"), (3, 5, "that is")]
+    assert times(read("a.json", json.dumps(responses))) == expected
+
+
 def test_a_list_of_transcripts_is_refused(read):
     transcript = {"transcription": [{"offsets": {"from": 0, "to": 900}, "text": "Hello."}]}
     assert len(read("a.json", json.dumps([transcript])).segments) == 1
-    with pytest.raises(InputError, match="a list of 2 objects; needed: one transcript"):
-        read("a.json", json.dumps([transcript, transcript]))
+    operation = {"name": "1", "response": {"results": [{"alternatives": [{"transcript": "a"}]}]}}
+    for content in (transcript, operation):
+        with pytest.raises(InputError, match="a list of 2 objects; needed: one transcript"):
+            read("a.json", json.dumps([content, content]))
 
 
 def test_google_results_without_words_follow_each_other(read, times):
