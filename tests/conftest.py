@@ -19,7 +19,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import functools
 import gc
-import importlib
 import multiprocessing.util
 from collections import defaultdict
 
@@ -102,7 +101,6 @@ def pytest_sessionfinish(exitstatus):
 
 
 def pytest_collection_finish():
-    importlib.import_module("tests.helpers.optimized_prosody")
     # The objects of imported modules are never freed, so garbage collection can skip them.
     gc.collect()
     gc.freeze()

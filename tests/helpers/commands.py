@@ -41,7 +41,6 @@ SLOW_IMPORTS = (
     "mister_jax.inference.recognizer",
     "mister_jax.training.loop",
     "mister_jax.cli.app",
-    "tests.helpers.optimized_prosody",
     "tests.helpers.long_lived_imports",
 )
 """Modules that a process imports, in this order, before it forks child processes."""
