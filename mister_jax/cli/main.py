@@ -47,7 +47,8 @@ def main(subcommand: str | None = None) -> None:
         subcommand, arguments = _read_subcommand(arguments)
     _set_environment()
     # JAX and TensorFlow create so many long-lived objects that garbage collections at Python's
-    # default thresholds would take a second or more. `gc.freeze` avoids a last collection at exit.
+    # default thresholds take a second of a short training. A collection at exit would take up to a
+    # second more; after `gc.freeze`, it has nothing to do.
     gc.set_threshold(20_000, 20, 50)
     atexit.register(gc.freeze)
     try:

@@ -80,8 +80,8 @@ def dot_product_attention(
     has_dropout = not deterministic and dropout is not None and dropout.rate > 0
     forms: dict[str, Any] = {}
     if not has_dropout and options.get("implementation") is None:
-        # The CPU implementation is only for inference: in training, the default is faster for all
-        # but long inputs. The default is also faster if the bias is a product of factors, because
+        # The CPU implementation is only for inference. In training, it is faster than the default
+        # only for long inputs. If the bias is a product of factors, the default is faster, because
         # the CPU implementation would store the product.
         equal_heads = query.shape[2] == key.shape[2]
         if deterministic and not is_causal and equal_heads and len(factors) < 2:

@@ -125,7 +125,7 @@ def missing_modality_study(
 def study_for_report(
     predictor: Predictor, features: Any, output: epath.Path, *, quiet: bool
 ) -> dict[str, Any] | None:
-    """Returns the study in `output` if it matches the checkpoint and the split, or a new study.
+    """Returns the study in `output` if it is of this checkpoint and these features, or a new study.
 
     Returns None instead of a new study if the model is an encoder, or if the split lacks labels,
     speech or text.

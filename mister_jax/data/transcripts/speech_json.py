@@ -147,7 +147,7 @@ def _join_responses(responses: Sequence[Record]) -> Record:
     A single response is returned unchanged.
     """
     if len(responses) == 1:
-        return _response(responses[0])
+        return responses[0]
     if not any(map(_is_google, responses)):
         raise InputError(f"is JSON with a list of {len(responses)} objects; needed: one transcript")
     # Responses about events have no results.
