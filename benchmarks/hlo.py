@@ -291,5 +291,5 @@ def _device_bytes(shape: str) -> float:
 
 def _array_bytes(array: re.Match[str]) -> float:
     _, bits, sizes, _ = array.groups()
-    # "pred", the only type without a number of bits, has 8.
+    # The name "pred" contains no number of bits; a value takes 8 bits.
     return int(bits or 8) / 8 * math.prod(int(size) for size in sizes.split(",") if size)

@@ -100,7 +100,6 @@ def _audio_seconds(path: pathlib.Path) -> float:
 
 
 def _with_rate(row: Row) -> Row:
-    # The row with the difference between two small corpora can have zero or negative seconds,
-    # because of noise.
+    # If both corpora are small, noise can make the difference between their times negative or zero.
     rate = row["audio_hours"] * 3600 / row["seconds"] if row["seconds"] > 0 else None
     return {**row, "audio_seconds_per_second": rate}

@@ -198,8 +198,9 @@ def _sum_over_anchors_backward(axis_name, residuals, cotangents):
     Each representation contributes to the loss as an anchor and as a candidate for other anchors.
     Automatic differentiation would compute the second contribution's gradient on the devices that
     hold the anchors, and then sum gradients of all M representations, [M, F], over all devices.
-    Because similarities are symmetric, each device can compute the gradient of its representations
-    from every anchor's log-sum and number of positives.
+    Because similarities are symmetric, each device can compute the whole gradient for its own
+    representations from all representations, and from each anchor's number of positives and
+    `log_sum`, the log of the softmax's denominator.
     """
     x, labels, mask, log_sum, count = residuals
     pairs = _pairs(axis_name, x, labels, mask)

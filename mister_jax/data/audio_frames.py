@@ -109,7 +109,7 @@ def merge_frames(
 
 
 def silent_frames(like: "av.AudioFrame", count: int) -> "Iterator[av.AudioFrame]":
-    """Yields `count` samples of silence in the format of another frame, one second at a time."""
+    """Yields `count` samples of silence as frames of up to one second, in the format of `like`."""
     num_channels = len(like.layout.channels)
     rows, interleaved = (num_channels, 1) if like.format.is_planar else (1, num_channels)
     dtype = like.to_ndarray().dtype

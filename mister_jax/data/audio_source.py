@@ -73,8 +73,8 @@ def check_channel(channel: Any) -> Channel:
 def existing_path(path: str | os.PathLike[str]) -> str:
     """Finds an existing file whose path may use another Unicode normalization.
 
-    macOS decomposes accented letters in file names (NFD), while most other systems compose them
-    (NFC). If no such file exists in either form, the path is returned unchanged.
+    Accented letters in file names may be decomposed (NFD), as often on macOS, or composed (NFC), as
+    usually on other systems. If no such file exists in either form, the path is returned unchanged.
     """
     path = os.fspath(path)
     if path.isascii():

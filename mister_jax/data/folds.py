@@ -34,7 +34,7 @@ DIALOGUE = "dialogue"
 """Column of the dialogue ids, which every dataset has."""
 
 FOLD = "fold"
-"""Metadata key under which the splits of a fold store the name of the test fold."""
+"""Metadata key of the splits that `select_fold` returns; its value is the name of the test fold."""
 
 _SPEC = re.compile(r"(?P<column>[^:]+)(?::(?P<count>[1-9]\d*))?")
 

@@ -36,7 +36,8 @@ def pad_dialogues(
     lengths = np.where(rows >= 0, features.lengths[rows], 0)  # [B]
     positions = np.arange(padded_length)
     mask = positions < lengths[:, None]  # [B, T]
-    utterances = (features.offsets[rows][:, None] + positions)[mask]  # rows of the flat arrays
+    # Indices into the arrays of `features`, in which all dialogues are concatenated.
+    utterances = (features.offsets[rows][:, None] + positions)[mask]
 
     def pad(values: np.ndarray, field: str) -> np.ndarray:
         dtype = BATCH_DTYPES.get(field, np.float32)

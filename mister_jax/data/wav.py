@@ -57,7 +57,7 @@ class WavHeader:
 
     @property
     def is_pcm(self) -> bool:
-        """Whether `pcm_blocks` can read the samples.
+        """Whether `pcm_blocks` should read the samples.
 
         False for files that FFmpeg should read: files with compressed or float samples, files with
         8-bit samples, which are unsigned, and files with more than two channels, whose layout only

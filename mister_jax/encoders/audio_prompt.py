@@ -49,7 +49,7 @@ def splice_audio(
       is_placeholder: Whether a token is the placeholder, [B, P] bool; at most one per prompt. A
         prompt without a placeholder gets no audio.
       audio: Audio vectors, [B, A, D] with A > 0.
-      audio_lengths: Number of valid vectors of each clip, which come first, [B] int.
+      audio_lengths: Number of valid vectors of each clip, [B] int; padding comes after them.
 
     Returns:
       Sequences, [B, N, D], zero-padded on the right; the mask of valid positions, [B, N] bool; and

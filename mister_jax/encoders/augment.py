@@ -117,7 +117,7 @@ def mask_spectrogram(
 
     Args:
       spectrogram: Spectrograms, [B, F, M].
-      mask: Valid frames, which come first, [B, F] bool.
+      mask: Valid frames, [B, F] bool; padding comes after them.
       keys: Keys, one per clip, [B].
       num_time_masks: Number of time masks.
       max_frames: Maximum length of a time mask in frames.

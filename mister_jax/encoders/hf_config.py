@@ -20,7 +20,7 @@ from mister_jax.nn.scanned_layers import Remat
 CONFIG_FILE = "config.json"
 TYPE_OPTIONS = ("dtype", "param_dtype")
 SHARED_OPTIONS = (*TYPE_OPTIONS, "attention_implementation")
-"""Options of a speech LLM's language model that its Whisper encoder also has."""
+"""Options that apply to both the language model and the Whisper encoder of a speech LLM."""
 _TYPE_NAMES = {
     bool: "true or false",
     int: "an integer",

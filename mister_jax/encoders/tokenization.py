@@ -54,9 +54,8 @@ def _special_token_mismatch(tokenizer: Any, config: Mapping[str, Any]) -> str:
     """Describes a conflict between a tokenizer's special tokens and a config.json, or returns "".
 
     The tokenizer may have fewer tokens than the embedding has rows, because many models have spare
-    rows. The config.json may also name a different special token of the same tokenizer: chat models
-    end a text and an answer with different tokens, and multilingual MiniLM's config has BERT's
-    padding token.
+    rows. A token ID in config.json may also be the ID of another special token of the tokenizer:
+    for example, chat models end a text and an answer with different tokens.
     """
     vocabulary = set(tokenizer.get_vocab().values())
     added = tokenizer.added_tokens_decoder.items()

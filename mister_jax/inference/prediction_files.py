@@ -59,8 +59,9 @@ def write_predictions(
         audio of these channels; with "split", the mix of all channels.
 
     Raises:
-      InputError: The path is invalid (see `check_predictions_path`), or the format needs the rows
-        of a single recording with "start" and "end".
+      InputError: The path is invalid (see `check_predictions_path`). Or the format is one of
+        `TIMELINE_FORMATS`, and the rows are not the utterances of a single recording, with "start"
+        and "end".
     """
     check_predictions_path(path)
     extension = _extension(path)

@@ -158,7 +158,7 @@ class EmotionRecognizer(ModelHubMixin):
         min_confidence: float | None = None,
         quiet: bool = True,
     ) -> list[dict[str, Any]]:
-        """Predicts the utterances of one dialogue; see `predict_dialogues`."""
+        """Predicts the emotions of one dialogue's utterances; see `predict_dialogues`."""
         (rows,) = self.predict_dialogues(
             [utterances], max_seconds=max_seconds, min_confidence=min_confidence, quiet=quiet
         )
@@ -223,7 +223,7 @@ class EmotionRecognizer(ModelHubMixin):
         num_workers: int = 0,
         quiet: bool,
     ) -> list[dict[str, Any]]:
-        """Predicts each utterance of each dialogue; see `predict_dialogues`.
+        """Predicts the emotion of every utterance in each dialogue; see `predict_dialogues`.
 
         `dialogues` contains the indices of the utterances in each dialogue. An utterance may be in
         several dialogues.
@@ -245,7 +245,7 @@ class EmotionRecognizer(ModelHubMixin):
         min_confidence: float | None,
         quiet: bool,
     ) -> list[dict[str, Any]]:
-        """Predicts encoded utterances (see `_predict`); the rows have no notes yet."""
+        """Predicts the emotions of encoded utterances; see `_predict`. The rows have no notes."""
         indices = np.concatenate(dialogues)
         features = DialogueFeatures(
             name="recordings",
@@ -326,7 +326,7 @@ class EmotionRecognizer(ModelHubMixin):
         min_confidence: float | None = None,
         quiet: bool = True,
     ) -> list[dict[str, Any]]:
-        """Predicts the utterances that `find_utterances` returns; see `predict_recording`."""
+        """Predicts the emotions of the result of `find_utterances`; see `predict_recording`."""
         recording = utterances.recording
         inputs = [
             {

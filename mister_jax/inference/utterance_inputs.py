@@ -90,8 +90,8 @@ def decode_speech(
     """Decodes the speech of utterances; see `EmotionRecognizer.predict_dialogues`.
 
     Yields:
-      For each utterance, its samples [S] int16, which are empty without usable speech, and notes on
-      the recording.
+      A tuple for each utterance: its samples [S] int16, which are empty if there is no recording or
+      the recording cannot be read, and notes on the recording.
     """
     max_samples = round(max_seconds * audio.SAMPLE_RATE)
     requests = [it.speech for it in utterances if isinstance(it.speech, audio.DecodeRequest)]

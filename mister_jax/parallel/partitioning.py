@@ -93,8 +93,8 @@ class CompiledStep:
           batch: Batch from `put_batch`.
 
         Returns:
-          Future that is done when the program is ready. Calls with these shapes wait for the
-          future.
+          Future that is done when the program is ready. `__call__` with a batch of these shapes
+          waits for it.
         """
         arguments = jax.tree.map(_abstract, (state, batch))
         program = executor.submit(lambda: self.function.lower(*arguments).compile())

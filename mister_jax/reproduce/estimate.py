@@ -245,7 +245,7 @@ def encoder_parts(encoder: Encoder, modality: str, corpus: CorpusSize) -> list[P
 
 
 def _encoder_config(encoder: Encoder) -> Any:
-    """Returns the config in an encoder's folder, or the config of its release."""
+    """Returns the config in an encoder's folder, or the built-in config of a released encoder."""
     folder = pathlib.Path(encoder.name)
     if not encoder.is_default and (folder / "config.json").exists():
         values = hf_config.read_config(folder)

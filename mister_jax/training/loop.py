@@ -326,7 +326,7 @@ class _Best:
 class _TrainingLoop:
     """State and components of the training loop for one or several runs.
 
-    The state contains the models of all seeds of all runs.
+    The methods pass the training state on. It contains the models of all seeds of all runs.
     """
 
     runs: Sequence[TrainingRun]

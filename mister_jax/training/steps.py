@@ -111,9 +111,10 @@ def make_train_step(
 ) -> Step:
     """Creates the training step, a pure function of `(state, batch, axis_name)`.
 
-    The state is `{step, params, frozen, opt_state, key}`. The key and the frozen parameters never
-    change; each step folds the step number into the key. The training step returns the new state
-    and metrics of the global batch: the loss, its terms, and the gradient norm.
+    The state is `{step, params, frozen, opt_state, key}`. The key and the frozen parameters in the
+    state never change; each step derives its own key from the state's key and the step number. The
+    training step returns the new state and metrics of the global batch: the loss, its terms, and
+    the gradient norm.
 
     Args:
       task: Task that defines the loss. With accumulation, the loss must be a weighted sum over

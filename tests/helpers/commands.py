@@ -67,7 +67,8 @@ def run_command(
       arguments: Arguments of `mister-jax`, or a script such as "launch.train" and its arguments.
       working_directory: Folder in which the command runs.
       stdin: Standard input of the command.
-      stop_file: Pattern of a path. The command receives SIGTERM when such a file exists.
+      stop_file: Path whose last part may be a glob pattern. The command receives SIGTERM when such
+        a file exists.
     """
     request = {
         "arguments": [*arguments],

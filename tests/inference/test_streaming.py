@@ -163,8 +163,8 @@ def test_the_dialogue_that_has_been_silent_longest_is_dropped(causal_recognizer,
         )
     assert 'dialogue "b" is dropped, because 2 others were updated later' in caplog.text
     (alone,) = answers_to(causal_recognizer, {"text": "mad"})
-    assert without_ids(b) == without_ids(alone)  # b was dropped and starts over.
-    assert without_ids(a) == without_ids(alone)  # Then a was dropped to make room for b.
+    assert without_ids(b) == without_ids(alone)  # "b" was dropped and starts over.
+    assert without_ids(a) == without_ids(alone)  # Then "a" was dropped to make room for "b".
 
 
 def test_each_line_is_answered_before_the_next_is_read(causal_recognizer):

@@ -21,7 +21,7 @@ class CommandRunner:
     """Runner for `run_stages` that runs `mister-jax` commands and keeps their results.
 
     Attributes:
-      stop_file: Pattern of a file name. The next command receives SIGTERM when such a file exists.
+      stop_file: See `run_command`; applies only to the next command.
       results: Result of each command.
     """
 

@@ -84,7 +84,7 @@ _FOLD = re.compile(r"fold_?\d+")
 _LABEL_MAPS = ("label_map.json", "label_dict.json")
 _PARTS = {"train": "train", "validation": "valid", "test": "test"}
 
-# Class names in older versions of EmoBox's label maps, and their spelling in the current version.
+# Maps class names in older versions of EmoBox's label maps to names in the current version.
 _RENAMED = {
     "Anger": "Angry",
     "Angray": "Angry",
@@ -501,7 +501,8 @@ def _draw_groups(
     best_distance, best = np.inf, np.arange(1)
     for _ in range(_NUM_DRAWS):
         order = rng.permutation(len(groups))
-        totals = np.cumsum(shares[order], axis=0)[:-1]  # The shares of the first 1, 2, ... groups.
+        # Row i contains the shares of the first i + 1 groups together.
+        totals = np.cumsum(shares[order], axis=0)[:-1]
         distances = np.abs(totals - VALIDATION_FRACTION).sum(1)
         count = int(np.argmin(distances))
         if distances[count] < best_distance:

@@ -359,7 +359,7 @@ _CHAT_CODES = tuple(
         (r"\((?:\.+|\d*:?\d*\.\d*)\)", " "),
         (r"[()]", ""),
         # The first two rules replace terminators for trailing off, interruptions and quotations.
-        # The third rule removes linkers, which stand at the beginning of an utterance.
+        # The third rule removes linkers, CHAT's codes at the beginning of an utterance, such as +^.
         (r"\+\.\.\.?(\??)", r" ...\1"),
         (r"""\+(?:"?/{0,2}|"|!)([.?])""", r" \1"),
         (r"""(?<!\S)\+["^,+≈≋]?(?!\S)""", " "),
