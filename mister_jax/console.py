@@ -205,8 +205,9 @@ def missing_modality_table(title: str, points: Iterable[Mapping[str, Any]]) -> T
 def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns a table of one dialogue with each utterance's predicted emotion and text.
 
-    The experts' predictions and gate weights are below the text, so that the table fits into 80
-    columns. `rows` is the result of `EmotionRecognizer.predict`.
+    The speaker, if known, is before the text. The experts' predictions and gate weights are below
+    the text, so that the table fits into 80 columns. `rows` is the result of
+    `EmotionRecognizer.predict`.
     """
     experts = [name for name in rows[0]["gate"] if any(row["experts"][name] for row in rows)]
     table = Table("", "emotion", "", "utterance", box=rich.box.SIMPLE)
@@ -215,7 +216,8 @@ def prediction_table(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
     table.columns[0].justify = table.columns[2].justify = "right"
     table.columns[3].max_width = 80
     for number, (text, row) in enumerate(zip(texts, rows, strict=True), start=1):
-        lines = [escape(text) or "[dim](no text)[/dim]"]
+        speaker = f"[bold]{escape(row['speaker'])}:[/bold] " if row.get("speaker") else ""
+        lines = [speaker + (escape(text) or "[dim](no text)[/dim]")]
         if len(experts) > 1:
             votes = ", ".join(
                 f"{name} {row['experts'][name]} {row['gate'][name]:.0%}"

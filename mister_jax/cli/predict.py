@@ -34,7 +34,7 @@ import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -165,6 +165,9 @@ def main() -> int:
         quiet=False,
     )
     predictions = [row for rows in rows_by_dialogue for row in rows]
+    # Files are written before anything is printed, because the reader of a pipe may have exited.
+    for path in _OUTPUT.value:
+        write_predictions(path, _output_rows(corpus, predictions))
     if len(dialogues) == 1:
         output_console().print(prediction_table([it.text for it in utterances], predictions))
     num_recordings = sum(it.recording is not None for it in utterances)
@@ -174,7 +177,6 @@ def main() -> int:
     for note in corpus.notes:
         print(f"note: {note}")
     for path in _OUTPUT.value:
-        write_predictions(path, _output_rows(corpus, predictions))
         print(f"written to {path}: utterances {len(utterances)}, dialogues {len(dialogues)}")
     num_unusable = sum(any(map(is_unusable, row["notes"])) for row in predictions)
     if num_unusable and num_unusable == num_recordings:
@@ -284,9 +286,9 @@ def _follow() -> int:
 
 def _predict_recordings() -> int:
     """Predicts the conversations in --recording, one after another."""
-    from mister_jax.console import ProgressReporter, output_console, prediction_table
+    from mister_jax.console import ProgressReporter
     from mister_jax.inference.prediction_files import write_predictions
-    from mister_jax.inference.recognizer import is_unusable, summarize_notes
+    from mister_jax.inference.recognizer import is_unusable
     from mister_jax.inference.recordings import list_recordings
     from mister_jax.inference.speech_recognition import detect_voice_activity
 
@@ -315,51 +317,43 @@ def _predict_recordings() -> int:
     num_used = 0
     timeline_options: dict[str, Any] = {}
     with ProgressReporter(len(recordings), unit="recordings", quiet=is_single) as reporter:
-        for recording in recordings:
-            try:
-                utterances = recognizer.find_utterances(recording, quiet=not is_single, **options)
-                _check_not_overwritten(utterances, [*outputs[recording], *outputs[""]])
-                rows = recognizer.predict_utterances(
-                    utterances,
-                    max_seconds=_SECONDS.value,
-                    min_confidence=_MIN_CONFIDENCE.value,
-                    quiet=not is_single,
-                )
-                timeline_options = {
-                    "embed_audio": _EMBED_AUDIO.value,
-                    "transcript": utterances.transcript,
-                    "channels": _CHANNELS.value,
-                }
-                for path in outputs[recording]:
-                    write_predictions(path, rows, **timeline_options)
-            except InputError as error:
-                if is_single:
-                    raise
-                print(f"error: {error}", file=sys.stderr)
-                continue
-            finally:
-                reporter.advance(pathlib.Path(recording).name)
-            all_rows += rows
-            num_used += not all(any(map(is_unusable, row["notes"])) for row in rows)
-            if is_single:
-                shown = rows[:_MAX_PRINTED]
-                output_console().print(prediction_table([row["text"] for row in shown], shown))
-                if len(rows) > len(shown):
-                    print(f"and {len(rows) - len(shown)} more utterances, see --output")
-            notes = summarize_notes(rows)
-            print(
-                f"{recording}: utterances {len(rows)} from {utterances.origin}"
-                + (f", of these {notes}" if notes else "")
-            )
-            for note in utterances.notes:
-                print(f"note: {note}")
-            for path in outputs[recording]:
-                print(f"written to {path}")
-    if all_rows:
-        for path in outputs[""]:
-            # Formats that use `timeline_options` have one recording; see `_outputs_by_recording`.
-            write_predictions(path, all_rows, **timeline_options)
-            print(f"written to {path}: utterances {len(all_rows)}, recordings {num_used}")
+        try:
+            for recording in recordings:
+                try:
+                    utterances = recognizer.find_utterances(
+                        recording, quiet=not is_single, **options
+                    )
+                    _check_not_overwritten(utterances, [*outputs[recording], *outputs[""]])
+                    rows = recognizer.predict_utterances(
+                        utterances,
+                        max_seconds=_SECONDS.value,
+                        min_confidence=_MIN_CONFIDENCE.value,
+                        quiet=not is_single,
+                    )
+                    timeline_options = {
+                        "embed_audio": _EMBED_AUDIO.value,
+                        "transcript": utterances.transcript,
+                        "channels": _CHANNELS.value,
+                    }
+                    for path in outputs[recording]:
+                        write_predictions(path, rows, **timeline_options)
+                except InputError as error:
+                    if is_single:
+                        raise
+                    print(f"error: {error}", file=sys.stderr)
+                    continue
+                finally:
+                    reporter.advance(pathlib.Path(recording).name)
+                all_rows += rows
+                num_used += not all(any(map(is_unusable, row["notes"])) for row in rows)
+                _print_recording(utterances, rows, outputs[recording], with_table=is_single)
+        finally:
+            # Also written if Ctrl-C stops the command, or if the reader of a pipe has exited.
+            for path in outputs[""] if all_rows else ():
+                # Formats that use `timeline_options` have one recording.
+                write_predictions(path, all_rows, **timeline_options)
+    for path in outputs[""] if all_rows else ():
+        print(f"written to {path}: utterances {len(all_rows)}, recordings {num_used}")
     if num_used == len(recordings):
         return 0
     num_unusable = len(recordings) - num_used
@@ -367,6 +361,33 @@ def _predict_recordings() -> int:
         f"error: {num_unusable} of {len(recordings)} recordings could not be used", file=sys.stderr
     )
     return 1
+
+
+def _print_recording(
+    utterances: RecordingUtterances,
+    rows: Sequence[Mapping[str, Any]],
+    outputs: Sequence[str],
+    *,
+    with_table: bool,
+) -> None:
+    """Prints a summary of a recording's predictions, and the first predictions if `with_table`."""
+    from mister_jax.console import output_console, prediction_table
+    from mister_jax.inference.recognizer import summarize_notes
+
+    if with_table:
+        shown = rows[:_MAX_PRINTED]
+        output_console().print(prediction_table([row["text"] for row in shown], shown))
+        if len(rows) > len(shown):
+            print(f"and {len(rows) - len(shown)} more utterances, see --output")
+    notes = summarize_notes(rows)
+    print(
+        f"{utterances.recording}: utterances {len(rows)} from {utterances.origin}"
+        + (f", of these {notes}" if notes else "")
+    )
+    for note in utterances.notes:
+        print(f"note: {note}")
+    for path in outputs:
+        print(f"written to {path}")
 
 
 def _check_not_overwritten(utterances: RecordingUtterances, outputs: Sequence[str]) -> None:
@@ -399,7 +420,8 @@ def _outputs_by_recording(recordings: Sequence[str]) -> dict[str, list[str]]:
     repeated = [path for path, count in collections.Counter(paths).items() if count > 1]
     if repeated:
         raise InputError(
-            f"--output: {repeated[0]} for two recordings of the same name; predict them separately"
+            f"--output: {repeated[0]} would be written twice; needed: different names of outputs, "
+            "and for {name} of recordings"
         )
     return outputs
 

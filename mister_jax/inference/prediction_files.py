@@ -7,6 +7,8 @@ import dataclasses
 import io
 import json
 import os
+import pathlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +51,7 @@ def write_predictions(
     occur, and require the rows of a single recording; see `EmotionRecognizer.predict_recording`.
 
     Args:
-      path: File to write.
+      path: File to write; its folder is created if missing.
       rows: Prediction rows, one per utterance.
       embed_audio: Whether a web page contains the audio instead of a link to the recording.
       transcript: Transcript of the recording. If both the transcript and the output are EAF or
@@ -70,15 +72,16 @@ def write_predictions(
     else:
         options = TimelineOptions(embed_audio, transcript, channels)
         text = TIMELINE_FORMATS[extension](path, check_timeline_rows(path, rows), options)
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 
 
 def check_predictions_path(path: epath.PathLike) -> None:
-    """Checks that predictions can be written to a path.
+    """Checks that predictions can be written to a path, whose folder need not exist yet.
 
     Raises:
       InputError: The extension is not one of `FORMATS`, the path is a folder, or its parent folder
-        does not exist.
+        cannot be written to or created.
     """
     path = epath.Path(path)
     if _extension(path) not in FORMATS:
@@ -87,8 +90,15 @@ def check_predictions_path(path: epath.PathLike) -> None:
             f"{', '.join(FORMATS)}"
         )
     absolute = path.absolute()
-    if absolute.is_dir() or not absolute.parent.is_dir():
-        raise InputError(f"{path}; needed: a file in an existing folder")
+    if absolute.is_dir():
+        raise InputError(f"{path}: is a folder; needed: a file")
+    folder = next(it for it in absolute.parents if it.exists())
+    try:
+        if isinstance(folder, pathlib.Path):  # not in a bucket
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot write to {folder} ({error.strerror})") from None
 
 
 def _extension(path: epath.PathLike) -> str:

@@ -193,14 +193,19 @@ class EmotionRecognizer(ModelHubMixin):
 
         Returns:
           A list for each dialogue, with a dict for each utterance: the values of
-          `predictor.prediction_rows`, and "notes" on the recording, a list of texts that start with
+          `predictor.prediction_rows`, and "notes" on the utterance, a list of texts that start with
           the kind of note, such as "capped: ...".
 
         Raises:
-          InputError: A dialogue or an utterance cannot be used, or `max_seconds` or
-            `min_confidence` is invalid.
+          InputError: A dialogue or an utterance cannot be used, no utterance has a modality that
+            the model reads, or `max_seconds` or `min_confidence` is invalid.
         """
         checked = utterance_inputs.check_utterances(dialogues)
+        if checked and not any(map(self._is_readable, checked)):
+            raise InputError(
+                f"no utterance has {' or '.join(self._encoders)}, which the model reads; needed: "
+                f"at least one with {' or '.join(self._encoders)}"
+            )
         rows = iter(
             self._predict(
                 checked,
@@ -212,6 +217,13 @@ class EmotionRecognizer(ModelHubMixin):
             )
         )
         return [[next(rows) for _ in dialogue] for dialogue in dialogues]
+
+    def _is_readable(self, utterance: CheckedUtterance) -> bool:
+        """Returns whether an utterance has a modality that the model reads."""
+        has_speech, has_text = utterance.speech is not None, bool(utterance.text.strip())
+        return (has_speech and "speech" in self._encoders) or (
+            has_text and "text" in self._encoders
+        )
 
     def _predict(
         self,
@@ -430,11 +442,16 @@ class EmotionRecognizer(ModelHubMixin):
         num_workers: int,
         quiet: bool,
     ) -> tuple[dict[str, np.ndarray], list[list[str]]]:
-        """Returns the features of N utterances by name, [N, ...], and notes on each recording."""
+        """Returns the features of N utterances by name, [N, ...], and notes on each utterance."""
         speech, speech_present, notes = self._encode_speech(
             utterances, max_seconds, num_workers, quiet
         )
         text, text_present = self._encode("text", [it.text for it in utterances], quiet)
+        for index in np.flatnonzero(~(speech_present | text_present)):
+            modalities = " and no ".join(self._encoders)
+            notes[index].append(
+                f"{utterance_inputs.NO_INPUT}: no {modalities} that the model can read"
+            )
         features = {
             "speech": speech,
             "text": text,

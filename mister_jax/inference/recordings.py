@@ -176,7 +176,7 @@ def list_recordings(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
         if not files:
             raise InputError(
                 f"{folder}: no recordings; needed: files with extension "
-                f"{', '.join(RECORDING_SUFFIXES)}"
+                f"{', '.join(RECORDING_SUFFIXES)} (subfolders are not searched)"
             )
         recordings += map(str, files)
     if len(set(recordings)) < len(recordings):
@@ -193,7 +193,7 @@ def _channel_indices(source: str, channels: Channel) -> tuple[Channel, ...]:
         index = NAMED_CHANNELS.get(str(channel), channel)
         count = audio.num_channels(source)
         if isinstance(index, int) and index >= count:
-            raise InputError(f"--channels={channels}: {source} has {count} channels")
+            raise InputError(f"--channels={channels}: number of channels in {source} is {count}")
         return (channel,)
     count = audio.num_channels(source)
     if count < 2:

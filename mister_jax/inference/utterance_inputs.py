@@ -19,15 +19,16 @@ from mister_jax.errors import InputError
 
 Utterance = Mapping[str, Any]
 
-UNUSABLE, SILENT, CAPPED, DAMAGED, CUT, NOTE = NOTE_KINDS = (
+UNUSABLE, SILENT, NO_INPUT, CAPPED, DAMAGED, CUT, NOTE = NOTE_KINDS = (
     "unusable",
     "silent",
+    "no input",
     "capped",
     "damaged",
     "cut by the encoder",
     "note",
 )
-"""Kinds of notes on a recording; a note is "KIND: text"."""
+"""Kinds of notes on an utterance; a note is "KIND: text"."""
 
 _MAX_WARNINGS = 5  # number of unusable recordings that are logged individually
 

@@ -14,8 +14,6 @@ import dataclasses
 import functools
 import importlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -55,6 +53,7 @@ from mister_jax.training.runs import (
     plan_run,
 )
 from mister_jax.training.steps import ModelTemplate, initial_state, make_eval_step, make_train_step
+from mister_jax.training.stop_signals import StopRequest, stop_on_signals
 from mister_jax.training.warm_start import InitialParams, copy_params
 from mister_jax.workdir import (
     config_path,
@@ -99,6 +98,8 @@ def train(
       Progress at the end; `finished` is False after SIGTERM.
 
     Raises:
+      KeyboardInterrupt: Ctrl-C was pressed. In a single process, training first completes the step
+        and saves the state, unless Ctrl-C is pressed again.
       InputError: The config, dataset or work directory is invalid, or a batch does not fit in the
         devices' memory.
       TrainingDivergedError: The loss or the gradient is not finite. Earlier checkpoints are kept,
@@ -197,10 +198,12 @@ def train_group(
             train_batches=train_batches,
             validation_batches=validation_batches,
             steps=_compiled_steps(plans, shared, template, is_short),
-            stop_event=stack.enter_context(_stop_on_sigterm()),
+            stop=stack.enter_context(stop_on_signals()),
             on_step=on_step or (lambda step: None),
         )
         loop.run(state, quiet)
+        if loop.stop.by_ctrl_c:
+            raise KeyboardInterrupt
         return [run.progress for run in runs]
 
 
@@ -336,7 +339,7 @@ class _TrainingLoop:
     train_batches: RunBatches
     validation_batches: RunBatches
     steps: CompiledSteps
-    stop_event: threading.Event
+    stop: StopRequest
     on_step: Callable[[int], None]
     last_save: float = dataclasses.field(default_factory=time.monotonic)
     """Time of the last checkpoint, or of the start."""
@@ -348,7 +351,7 @@ class _TrainingLoop:
     """Whether this process has printed the expected time."""
 
     def run(self, state: Any, quiet: bool) -> None:
-        """Trains until the last epoch, early stopping or SIGTERM."""
+        """Trains until the last epoch, early stopping or a request to stop."""
         state = self.partitioner.put_state(state)
         resumed = self._restore(state)
         if resumed is not None:
@@ -370,13 +373,14 @@ class _TrainingLoop:
             if jax.process_count() == 1:  # After an error, there may be unsaved parameters.
                 for index in range(len(self.runs)):
                     stack.callback(self._save_best, index)
+            self.stop.is_training = True
             while not self._is_finished():
                 state, stopped = self._train_epoch(state, reporter)
                 self._validate(state, reporter, stopped)
                 if stopped and not self._is_finished():
                     reporter.print(
-                        f"stopped by SIGTERM; the state of step {self._step()} is saved. Run the "
-                        "same command again to resume"
+                        f"stopped by {self.stop.signal_name}; the state of step {self._step()} is "
+                        "saved. Run the same command again to resume"
                     )
                     break
         for run in self.runs:
@@ -527,8 +531,8 @@ class _TrainingLoop:
         """Runs the remaining steps of each run's epoch.
 
         Returns:
-          The state, and whether SIGTERM has stopped training. An epoch may be complete even if
-          SIGTERM has stopped training.
+          The state, and whether a signal has stopped training. An epoch may be complete even if a
+          signal has stopped training.
         """
         options = self.options
         positions = {
@@ -547,7 +551,7 @@ class _TrainingLoop:
                 self.runs[index].step += 1
             reporter.advance(self._headline())
             self.on_step(self._step())
-            stop = should_stop(self.stop_event)
+            stop = should_stop(self.stop.event)
             to_save = []
             for index in active:
                 run = self.runs[index]
@@ -646,7 +650,7 @@ class _TrainingLoop:
         Args:
           state: Training state.
           reporter: Reporter that prints the scores.
-          stopped: Whether SIGTERM has stopped training.
+          stopped: Whether a signal has stopped training.
         """
         indices = [index for index, run in enumerate(self.runs) if run.is_epoch_complete]
         if not indices:
@@ -802,19 +806,3 @@ def _background_executor() -> Iterator[concurrent.futures.Executor]:
         yield executor
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM sets if this is the main thread of a single-process job."""
-    event = threading.Event()
-    # With several processes, JAX handles SIGTERM. A handler here would replace JAX's handler.
-    is_single_process = jax.process_count() == 1
-    if not is_single_process or threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous_handler = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, previous_handler)

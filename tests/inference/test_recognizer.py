@@ -134,8 +134,8 @@ def test_experts_without_their_modality_do_not_vote(recognizer, dialogues, tmp_p
         )
     assert "nowhere.wav: no such file; its utterance is predicted without speech" in caplog.text
     notes = [[note.partition(":")[0] for note in row["notes"]] for row in rows]
-    assert notes == [[], [], [], ["unusable"], ["unusable"], ["silent"]]
-    assert summarize_notes(rows) == "2 unusable, 1 silent"
+    assert notes == [[], [], [], ["unusable"], ["unusable", "no input"], ["silent"]]
+    assert summarize_notes(rows) == "2 unusable, 1 silent, 1 no input"
     assert "broken.wav" in caplog.text
 
 

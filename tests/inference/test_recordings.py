@@ -14,7 +14,11 @@ from mister_jax.console import prediction_table
 from mister_jax.data import audio
 from mister_jax.data.audio import encode_wav
 from mister_jax.data.audio_source import AudioError
-from mister_jax.data.transcripts.reader import find_transcript, read_annotation
+from mister_jax.data.transcripts.reader import (
+    find_transcript,
+    read_annotation,
+    read_transcript,
+)
 from mister_jax.data.transcripts.segments import Segment, Word
 from mister_jax.data.transcripts.utterances import UtteranceRules
 from mister_jax.errors import InputError
@@ -97,14 +101,38 @@ def test_the_transcript_beside_a_recording_can_be_ignored(recording, srt):
     assert [(it.start, it.end, it.text) for it in found.segments] == [(0.0, 3.0, "so mad")]
 
 
-@pytest.mark.parametrize("ending", ["csv", "srt", "vtt", "eaf"])
+@pytest.mark.parametrize("has_text", [True, False])
+@pytest.mark.parametrize("ending", ["csv", "srt", "vtt", "eaf", "TextGrid"])
 def test_an_output_beside_the_recording_is_not_taken_for_a_transcript(
-    recognizer, recording, srt, ending
+    recognizer, recording, srt, ending, has_text, caplog
 ):
     rows = recognizer.predict_recording(recording)
     srt.unlink()
-    write_predictions(recording.with_suffix(f".{ending}"), rows)
-    assert find_transcript(recording) is None
+    if not has_text:
+        rows = [{**row, "text": ""} for row in rows]
+    output = recording.with_suffix(f".{ending}")
+    write_predictions(output, rows)
+    # A TextGrid with texts looks like an annotation.
+    expected = output if ending == "TextGrid" and has_text else None
+    assert find_transcript(recording) == expected
+    assert ("if it is a transcript, pass its path" in caplog.text) == (ending == "srt")
+
+
+@pytest.mark.parametrize("speakers", [("Ann", "Bo"), ("Ann", None), ("Ann", "Ann 2")])
+@pytest.mark.parametrize("ending", ["eaf", "TextGrid"])
+def test_the_texts_of_a_written_annotation_are_read_without_naming_tiers(
+    recognizer, recording, srt, tmp_path, ending, speakers
+):
+    rows = recognizer.predict_recording(recording)
+    for index, row in enumerate(rows):
+        row["speaker"] = speakers[index % 2]
+    write_predictions(tmp_path / f"out.{ending}", rows)
+    segments = read_transcript(tmp_path / f"out.{ending}").segments
+    assert [(it.start, it.end, it.text) for it in segments] == [
+        (row["start"], row["end"], row["text"]) for row in rows
+    ]
+    # Without a speaker, the name of the tier is "text".
+    assert [it.speaker for it in segments] == [row["speaker"] or "text" for row in rows]
 
 
 def test_segments_of_other_programs_are_used(recognizer, recording):
@@ -210,7 +238,7 @@ def test_memory_does_not_grow_with_the_length_of_speech(recognizer, recording, s
         ({"recognizer": lambda samples: [Segment(0, float("nan"))]}, "needed: finite times"),
         ({"channels": "split"}, "one channel; needed for --channels=split"),
         ({"channels": "center"}, "allowed: mix, left, right"),
-        ({"channels": "right"}, "has 1 channels"),
+        ({"channels": "right"}, "number of channels in .*is 1"),
         ({"transcript": [Segment(2, 1, "a")]}, "the end after the start"),
         ({"transcript": [Segment(float("nan"), 1, "a")]}, "needed: finite times"),
         ({"tier": "words", "recognizer": loud_segments}, "has no transcript"),
@@ -495,7 +523,7 @@ BAD_COMMANDS = {
     ("--recording=first.wav", "--recognizer=nowhere", "--nosearch_transcript"): "cannot be loaded",
     ("--recording=first.wav", "--channels=split"): "one channel; needed for --channels=split",
     ("--recording=first.wav", "--output=first.srt"): "--output=first.srt: would replace",
-    ("--recording=first.wav", "--output=first.wav.srt", "--channels=9"): "has 1 channels",
+    ("--recording=first.wav", "--output=first.wav.srt", "--channels=9"): "first.wav is 1",
     ("--recording=first.wav", "--audio_channel=left"): "cannot be used with --recording",
     ("--audio=first.wav", "--channels=left"): "--channels: needs --recording",
     ("--recording=first.wav", "--no_text", "--transcript=first.srt"): "--no_text: cannot be used",

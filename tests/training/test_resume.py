@@ -362,6 +362,36 @@ def test_sigterm_stops_a_training_with_a_single_step_per_epoch(tiny_data_dir, tm
     assert len(read_validation_scores(tmp_path)) == 5
 
 
+def test_ctrl_c_saves_the_step_and_a_second_one_stops_immediately(
+    tiny_data_dir, finished_workdir, tmp_path, capfd
+):
+    def press_at(*steps):
+        def on_step(step):
+            if step in steps:
+                for _ in range(steps.count(step)):
+                    signal.raise_signal(signal.SIGINT)
+
+        return on_step
+
+    def latest_steps():
+        return [path.name for path in (tmp_path / "checkpoints" / "latest").iterdir()]
+
+    config = make_tiny_config(tiny_data_dir)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, on_step=press_at(2))
+    assert latest_steps() == ["2"]
+    output = capfd.readouterr()
+    assert "stopped by Ctrl-C; the state of step 2 is saved" in output.out
+    assert "press Ctrl-C again to stop immediately" in output.err
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, quiet=True, on_step=press_at(3, 3))
+    assert latest_steps() == ["2"]
+    assert signal.getsignal(signal.SIGINT) is handler
+    train(config, tmp_path, quiet=True)
+    assert_same_checkpoints(tmp_path, finished_workdir)
+
+
 def test_resuming_with_another_config_is_refused(tiny_data_dir, finished_workdir):
     checkpoint = read_latest_checkpoint(finished_workdir)
     with pytest.raises(InputError, match=r"another config \(seed 0 -> 7\)"):

@@ -120,8 +120,9 @@ def _select(all_tiers: Sequence[Tier], selection: Selection) -> list[Segment]:
     if selection.tier is not None:
         chosen = _named(tiers, selection.tier, listed)
     else:
-        chosen = [tier for tier in tiers if tier.filled and tier not in label_tiers]
-        if len(chosen) > 1:
+        filled = [tier for tier in tiers if tier.filled and tier not in label_tiers]
+        chosen = filled if len(filled) == 1 else _tiers_with_predictions(filled)
+        if filled and not chosen:
             raise InputError(f"has several tiers; choose one with --tier=NAME; tiers: {listed}")
     if not any(tier.filled for tier in chosen):
         raise InputError(f"has no intervals with text in its tiers; tiers: {listed}")
@@ -136,6 +137,28 @@ def _select(all_tiers: Sequence[Tier], selection: Selection) -> list[Segment]:
         for segment in _labeled(tier.filled, labels):
             segments.append(dataclasses.replace(segment, speaker=speaker))
     return segments
+
+
+def _tiers_with_predictions(tiers: Sequence[Tier]) -> list[Tier]:
+    """Returns the text tiers of a file that `mister-jax predict` has written.
+
+    The file has an emotion tier for each text tier; see `timeline.tiers.split_tiers`. Returns an
+    empty list for a file with any other tiers.
+    """
+    emotion_tiers = {tier.name for tier in tiers if is_emotion_tier(tier.name)}
+    texts = [tier for tier in tiers if tier.name not in emotion_tiers]
+    for tier in texts:
+        # The emotion tier of "Ann 2" is "Ann emotion 2" for the speaker Ann, and "Ann 2 emotion"
+        # for the speaker "Ann 2". Without a speaker, the text tier is "text".
+        name, number = re.fullmatch(r"(.*?)( \d+)?", tier.name, re.DOTALL).groups("")
+        speaker = "" if name == "text" else name
+        emotion_tiers -= {f"{speaker} emotion{number}".strip(), f"{tier.name} emotion"}
+    return texts if len(tiers) == 2 * len(texts) and not emotion_tiers else []
+
+
+def is_emotion_tier(name: str) -> bool:
+    """Returns whether a tier has the name of an emotion tier that `mister-jax predict` writes."""
+    return bool(re.fullmatch(r"(?:.* )?emotion(?: \d+)?", name, re.DOTALL))
 
 
 def _named(tiers: Sequence[Tier], names: str | None, listed: str) -> list[Tier]:

@@ -14,10 +14,13 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from absl import logging
+
 from mister_jax.data.audio_source import existing_path
 from mister_jax.data.transcripts.annotations import (
     Annotation,
     detect_annotations,
+    is_emotion_tier,
     parse_annotation,
 )
 from mister_jax.data.transcripts.parsing import (
@@ -155,7 +158,8 @@ def find_transcript(recording: str | os.PathLike[str]) -> pathlib.Path | None:
     `SUFFIXES` in upper or lower case. If several files match, the order of the extensions in
     `SUFFIXES` decides. For equal extensions, the order is `x.srt`, `x.wav.srt`, then all other
     names, from the shortest to the longest. The search skips JSON, CSV and TSV files that are not
-    transcripts, and SRT, WebVTT, CSV and EAF files that `mister-jax predict` has written.
+    transcripts, and files that `mister-jax predict` has written: SRT, WebVTT, CSV and EAF files,
+    and TextGrids without texts.
     """
     return TranscriptFinder().find(recording)
 
@@ -229,7 +233,22 @@ def _is_prediction(path: pathlib.Path) -> bool:
     if suffix == ".srt":
         # In predictions, the first line of every cue starts with the emotion in brackets.
         texts = re.findall(r"-->.*\n(.+)", text)
-        return bool(texts) and all(re.match(r"\[[^\]]+\] \S", line) for line in texts)
+        is_labeled = bool(texts) and all(re.match(r"\[[^\]]+\](?: |$)", line) for line in texts)
+        if is_labeled:
+            logging.warning(
+                '%s: not used as a transcript, because every cue starts with a label, "%s", as in '
+                "the output of mister-jax predict; if it is a transcript, pass its path",
+                path,
+                texts[0].partition("]")[0] + "]",
+            )
+        return is_labeled
+    if suffix == ".textgrid":
+        try:
+            annotation = read_annotation(path)
+        except InputError:
+            return False  # Reading the transcript reports the error.
+        tiers = [tier.name for tier in annotation.tiers if tier.filled] if annotation else []
+        return bool(tiers) and all(map(is_emotion_tier, tiers))
     return suffix == ".eaf" and 'AUTHOR="mister_jax"' in text
 
 

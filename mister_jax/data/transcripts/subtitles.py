@@ -34,7 +34,10 @@ _WORD_TIME = re.compile(rf"<({_TIME})>")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}")
 _MUSIC = re.compile("[♩♪♫♬♭♮♯]+")
 # Marks that show a change of speaker.
-_NEW_SPEAKER = re.compile(r"^(?:[-–—]\s+|>{2,}\s*)", re.MULTILINE)  # noqa: RUF001
+_NEW_SPEAKER = re.compile(r"^(?:[-–—]\s+|>{2,}\s*)")  # noqa: RUF001
+# Prefixes that name the speaker: "[SPEAKER_00]: " as in WhisperX, and "Ann: "; see `_has_names`.
+_BRACKETED_NAME = re.compile(r"\[([^\[\]]+)\]:\s*")
+_NAME = re.compile(r"([^\W\d_](?:[^\s:.,;!?\[\]]|\.?[ ](?![ ])){0,30}):(?:\s+|$)")
 
 
 def detect_subtitles(text: str) -> DetectedFormat | None:
@@ -171,17 +174,81 @@ def _read_with_pysubs2(text: str, name: str, selection: Selection, notes: Notes)
 
 
 def _cleaned(segments: list[Segment], notes: Notes) -> tuple[Segment, ...]:
-    """Removes markup, and drops segments that contain only markup or music symbols."""
-    cleaned = [dataclasses.replace(segment, text=_plain(segment.text)) for segment in segments]
+    """Removes markup, and drops segments that contain only markup or music symbols.
+
+    A segment without speaker is split into the turns that its lines mark. The turns get the
+    speakers that the text names.
+    """
+    lines = [[_without_markup(line) for line in it.text.split("\n")] for it in segments]
+    has_names = _has_names(lines)
+    cleaned: list[Segment] = []
+    last_name: str | None = None
+    for segment, segment_lines in zip(segments, lines, strict=True):
+        if segment.speaker or segment.words:
+            text = one_line(" ".join(_NEW_SPEAKER.sub("", line) for line in segment_lines))
+            cleaned.append(dataclasses.replace(segment, text=text))
+            continue
+        turns = list(_turns(segment_lines, has_names, last_name))
+        last_name = turns[-1][0]
+        total = sum(len(text) for _, text in turns)
+        duration, position, start = segment.end - segment.start, 0, segment.start
+        for name, text in turns:
+            # The time within a segment is estimated from the number of characters.
+            position += len(text)
+            end = segment.end if position == total else segment.start + duration * position / total
+            cleaned.append(
+                dataclasses.replace(segment, start=start, end=end, text=text, speaker=name)
+            )
+            start = end
     notes.leave_out("without text", sum(not segment.text for segment in cleaned))
     return tuple(segment for segment in cleaned if segment.text)
 
 
+def _has_names(lines_by_segment: list[list[str]]) -> bool:
+    """Returns whether prefixes such as "Ann: " are speakers.
+
+    At least half of the segments must have such a prefix, and at least one prefix must be repeated.
+    """
+    first_lines = [next(filter(None, lines), "") for lines in lines_by_segment]
+    matches = [_NAME.match(_NEW_SPEAKER.sub("", line)) for line in first_lines if line]
+    names = [match[1].casefold() for match in matches if match]
+    return 2 * len(names) >= len(matches) and len(set(names)) < len(names)
+
+
+def _turns(
+    lines: list[str], has_names: bool, last_name: str | None
+) -> list[tuple[str | None, str]]:
+    """Returns the speaker, if known, and the text of each turn in the lines of a segment.
+
+    Args:
+      lines: Lines without markup.
+      has_names: Whether "Ann: " before a text is a speaker.
+      last_name: Speaker of the previous turn, who also speaks the first line if it names no speaker
+        and has no mark of a new speaker.
+    """
+    turns: list[tuple[str | None, str]] = [(last_name if has_names else None, "")]
+    for line in filter(None, lines):
+        text = _NEW_SPEAKER.sub("", line)
+        match = _BRACKETED_NAME.match(text) or (_NAME.match(text) if has_names else None)
+        if match:
+            turns.append((one_line(match[1]), one_line(text[match.end() :])))
+        elif text != line:
+            turns.append((None, one_line(text)))
+        else:
+            turns[-1] = turns[-1][0], one_line(f"{turns[-1][1]} {text}")
+    return [turn for turn in turns if turn[1]] or turns[-1:]
+
+
 def _plain(text: str) -> str:
-    text = html.unescape(_TAG.sub("", text))
+    """Returns the text of several lines without markup and without marks of a new speaker."""
+    lines = (_NEW_SPEAKER.sub("", _without_markup(line)) for line in text.split("\n"))
+    return one_line(" ".join(lines))
+
+
+def _without_markup(line: str) -> str:
+    line = html.unescape(_TAG.sub("", line))
     # Zero-width spaces and direction marks would count as text.
-    text = re.sub("[\u200b\u200e\u200f\u2060\ufeff]", "", _MUSIC.sub(" ", text))
-    return one_line(_NEW_SPEAKER.sub("", text))
+    return re.sub("[\u200b\u200e\u200f\u2060\ufeff]", "", _MUSIC.sub(" ", line)).strip()
 
 
 def _import_pysubs2(name: str) -> Any:

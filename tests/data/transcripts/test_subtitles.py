@@ -91,9 +91,51 @@ def test_markup_music_and_dashes_are_removed(read, times):
     assert times(transcript) == [
         (1, 2, "Hello & goodbye <b"),
         (3, 4, "Sing 2 < 3"),
-        (4, 5, "Who? Me - you."),
+        (4, pytest.approx(4 + 4 / 13), "Who?"),
+        (pytest.approx(4 + 4 / 13), 5, "Me - you."),
     ]
     assert transcript.notes == ("left out 2 segments: without text",)
+
+
+def as_srt(*texts):
+    return "".join(
+        f"{second}\n00:00:{second:02},000 --> 00:00:{second + 1:02},000\n{text}\n\n"
+        for second, text in enumerate(texts, start=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        pytest.param(
+            ["[SPEAKER_00]: Hello and I", "so [quietly] on.", "[SPEAKER_01]: <i>No</i>: you"],
+            [("SPEAKER_00", "Hello and I"), (None, "so [quietly] on."), ("SPEAKER_01", "No: you")],
+            id="whisperx",
+        ),
+        pytest.param(
+            ["ANN: Hello:", ">> DR. LEE (on phone): Look,", "it is 5:30.", "- Who?", "Ann: Me."],
+            [
+                ("ANN", "Hello:"),
+                ("DR. LEE (on phone)", "Look,"),
+                ("DR. LEE (on phone)", "it is 5:30."),
+                (None, "Who?"),
+                ("Ann", "Me."),
+            ],
+            id="names",
+        ),
+        pytest.param(
+            ["Ann: Hello\nthere.\nBo: Hi."], [(None, "Ann: Hello there. Bo: Hi.")], id="one name"
+        ),
+        pytest.param(
+            ["Remember: stay.", "Yes.", "But why?", "Rule one: run."],
+            [(None, text) for text in ("Remember: stay.", "Yes.", "But why?", "Rule one: run.")],
+            id="colons as names",
+        ),
+    ],
+)
+def test_speakers_are_read_from_prefixes(read, texts, expected):
+    transcript = read("a.srt", as_srt(*texts))
+    assert [(it.speaker, it.text) for it in transcript.segments] == expected
 
 
 def test_impossible_times_are_left_out_or_clipped(read, times):
