@@ -227,6 +227,33 @@ def test_group_by_keeps_the_values_of_another_array_apart(tmp_path):
         read_npz(save(tmp_path, arrays | {"session": np.arange(200) % 2}), group_by="session")
 
 
+def test_other_arrays_are_kept_as_metadata_or_named_in_a_note(tmp_path):
+    arrays = archive() | {
+        "session": np.array([1, 1, 2, 2, 1, 3, 1]),
+        "metadata_text": np.array([b"a", b"b", b"c", b"d", b"e", b"f", b"g"]),
+        "start": np.array([0.5, np.nan, 2, 3, 4, 5, 6]),
+        "face": np.zeros((7, 3)),
+        "names": np.array(["x"] * 8),
+        "objects": np.array([None] * 7),
+        "date": np.zeros(7, "datetime64[D]"),
+        "latin": np.array([b"\xe9"] * 7),
+        "metadata_session": np.array(["x"] * 7),
+    }
+    splits = read_npz(save(tmp_path, arrays))
+    rows = {
+        utterance: json.loads(row)
+        for split in splits.values()
+        for utterance, row in zip(split.utterance_ids, split.utterance_metadata, strict=True)
+    }
+    names = archive()["utterance"]
+    assert rows[names[0]] == {"session": "1", "text": "a", "start": "0.5"}
+    assert rows[names[1]] == {"session": "1", "text": "b", "start": ""}
+    assert splits["train"].metadata["notes"] == [
+        "arrays kept as metadata: session, start, metadata_text",
+        "arrays ignored: face, names, objects, date, latin, metadata_session",
+    ]
+
+
 def test_speakers_in_training_and_test_give_a_warning(tmp_path):
     arrays = archive() | {"speaker": np.array(["x", "x", "x", "x", "x", "y", "x"])}
     (note,) = read_npz(save(tmp_path, arrays))["test"].metadata["notes"]

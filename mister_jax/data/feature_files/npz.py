@@ -5,9 +5,18 @@ import pathlib
 import numpy as np
 from etils import epath
 
-from mister_jax.data.feature_files.table import NEEDED, OPTIONAL, REQUIRED, FeatureTable
+from mister_jax.data.feature_files.table import (
+    METADATA_KINDS,
+    NEEDED,
+    OPTIONAL,
+    REQUIRED,
+    FeatureTable,
+)
 from mister_jax.data.schema import MODALITIES, DialogueFeatures
 from mister_jax.errors import InputError
+
+_KNOWN = (*REQUIRED, *MODALITIES, *OPTIONAL)
+_METADATA = "metadata_"
 
 
 def read_npz(
@@ -31,9 +40,10 @@ def read_npz(
     - `speech_present`, `text_present` [N], optional: False if an utterance lacks the modality; the
       features of that modality are then replaced by zeros. All true by default.
 
-    Other arrays are ignored. A random split puts all dialogues with the same value in the array
-    `group_by` into one split. The default for `group_by` is `speaker`, if the file contains this
-    array. The array `group_by` is also kept as metadata.
+    Other arrays [N] of text, numbers or booleans are kept as metadata; from their names, a prefix
+    `metadata_` is removed. Notes list these arrays and those that are ignored. A random split
+    puts all dialogues with the same value in the array `group_by` into one split. The default for
+    `group_by` is `speaker`, if the file contains this array.
 
     Returns:
         The nonempty splits. Dialogues are in the order of their first rows, and utterances in the
@@ -44,13 +54,33 @@ def read_npz(
         InputError: The file or one of its rows cannot be used.
     """
     path = pathlib.Path(path)
-    table = FeatureTable(path, _read_arrays(path, (group_by,) if group_by else ()))
+    arrays, names = _read_arrays(path, (group_by,) if group_by else ())
+    table = FeatureTable(path, arrays)
+    columns = {"speaker": "speaker"} if "speaker" in arrays else {}
+    kept, ignored = [], []
+    # An array `session` takes precedence over `metadata_session`.
+    others = [name for name in names if name not in _KNOWN]
+    for name in sorted(others, key=lambda name: name.startswith(_METADATA)):
+        column = name.removeprefix(_METADATA)
+        if name in arrays and column not in columns and table.is_metadata(name):
+            columns[column] = name
+            kept.append(name)
+        else:
+            ignored.append(name)
+    notes = []
+    if set(kept) - {group_by}:
+        notes.append(f"arrays kept as metadata: {', '.join(kept)}")
+    if ignored:
+        notes.append(f"arrays ignored: {', '.join(ignored)}")
     return table.splits(
-        group_by=group_by, seed=seed, utterance_metadata=table.metadata("speaker", group_by)
+        group_by=group_by, seed=seed, notes=notes, utterance_metadata=table.metadata(columns)
     )
 
 
-def _read_arrays(path: pathlib.Path, extra_arrays: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _read_arrays(
+    path: pathlib.Path, required: tuple[str, ...]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns the arrays that may be used, and the names of all arrays."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -66,7 +96,7 @@ def _read_arrays(path: pathlib.Path, extra_arrays: tuple[str, ...]) -> dict[str,
             raise InputError(f"{path}: not an npz file, or damaged; {NEEDED}") from error
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise InputError(f"{path}: a single array; needed: an npz file. {NEEDED}")
-        missing = [name for name in (*REQUIRED, *extra_arrays) if name not in archive.files]
+        missing = [name for name in (*REQUIRED, *required) if name not in archive.files]
         if not any(name in archive.files for name in MODALITIES):
             missing.append(" or ".join(MODALITIES))
         if missing:
@@ -80,13 +110,31 @@ def _read_arrays(path: pathlib.Path, extra_arrays: tuple[str, ...]) -> dict[str,
         except Exception as error:
             raise InputError(f"{path}: damaged; {NEEDED}") from error
         arrays = {}
-        for name in (*REQUIRED, *MODALITIES, *OPTIONAL, *extra_arrays):
+        for name in archive.files:
+            if name not in (*_KNOWN, *required) and not _is_vector(archive, name):
+                continue
             try:
-                if name in archive.files:
-                    arrays[name] = archive[name]
+                arrays[name] = archive[name]
             except Exception as error:
                 raise InputError(
                     f"{path}: {name}: damaged, or an array of Python objects; "
                     "allowed: arrays of numbers, booleans or text"
                 ) from error
-    return arrays
+    return arrays, list(archive.files)
+
+
+def _is_vector(archive: np.lib.npyio.NpzFile, name: str) -> bool:
+    """Returns whether an array has one dimension and values that can be metadata.
+
+    Only the header is read, because an archive may contain large arrays that are not used.
+    """
+    assert archive.zip is not None
+    try:
+        with archive.zip.open(f"{name}.npy") as file:
+            if np.lib.format.read_magic(file) == (1, 0):
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            else:
+                shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    except Exception:  # zipfile and NumPy raise many types of errors for a damaged array.
+        return False
+    return len(shape) == 1 and dtype.kind in METADATA_KINDS

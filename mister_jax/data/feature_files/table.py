@@ -26,6 +26,8 @@ _MAX_FEATURE = 1e15
 
 # Allowed values of NumPy's `dtype.kind` for each array, and their description.
 _ID = ("USiu", "text or integers")
+METADATA_KINDS = "USbiuf"
+_METADATA = (METADATA_KINDS, "text, numbers or booleans")
 _KINDS = {
     **dict.fromkeys(("utterance", "dialogue"), _ID),
     **dict.fromkeys(("class_names", "split"), ("US", "text")),
@@ -146,17 +148,25 @@ class FeatureTable:
         self.check("ratings", valid, "allowed: numbers of raters, 0 or more", ratings)
         return ratings
 
-    def metadata(self, *names: str) -> np.ndarray | None:
-        """Returns the named arrays as JSON objects, [N] str, or None if none of them exists."""
-        arrays = {
-            name: self.array(name, _ID).tolist()
-            for name in dict.fromkeys(names)
-            if name in self.arrays and name not in REQUIRED
-        }
-        if not arrays:
+    def is_metadata(self, name: str) -> bool:
+        """Returns whether an array can be kept as metadata."""
+        try:
+            self.array(name, _METADATA)
+        except InputError:
+            return False
+        return True
+
+    def metadata(self, columns: Mapping[str, str]) -> np.ndarray | None:
+        """Returns arrays as JSON objects of texts, [N] str, or None if there are no columns.
+
+        Args:
+            columns: Name of the array for each name in the JSON objects.
+        """
+        if not columns:
             return None
-        rows = zip(*arrays.values(), strict=True)
-        return np.array([json.dumps(dict(zip(arrays, row, strict=True))) for row in rows])
+        texts = {key: self.array(name, _METADATA).tolist() for key, name in columns.items()}
+        rows = zip(*texts.values(), strict=True)
+        return np.array([json.dumps(dict(zip(texts, row, strict=True))) for row in rows])
 
     def fail(self, name: str, message: str) -> NoReturn:
         """Raises a one-line InputError about the array `name`."""
@@ -185,7 +195,8 @@ class FeatureTable:
             return array
         try:
             strings = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
-            strings = strings.astype(str)
+            is_nan = np.isnan(array) if array.dtype.kind == "f" else np.zeros(len(array), bool)
+            strings = np.where(is_nan, "", strings.astype(str))
             "".join(strings.tolist()).encode()
         except (UnicodeError, ValueError):
             self.fail(name, "not text; allowed: UTF-8")

@@ -91,7 +91,7 @@ def load_pickle(path: pathlib.Path) -> Any:
     except Exception as error:  # The pickle module raises many types of errors for a damaged file.
         if head[:1] == b"\x80" or head[:1] in b"(}])":
             raise InputError(f"{path}: damaged or truncated pickle") from error
-        raise InputError(f"{path}: not a pickle") from error
+        raise InputError(f"{path}: not a pickle; needed: an npz file or a pickle") from error
 
 
 class _Array:

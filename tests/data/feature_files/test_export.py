@@ -53,7 +53,14 @@ def test_read_npz_reads_the_same_features(tmp_path, dtype):
     for split, features in splits.items():
         for field in dataclasses.fields(features):
             expected, actual = getattr(features, field.name), getattr(read[split], field.name)
-            if field.name in ("metadata", "utterance_metadata"):
+            if field.name == "metadata":
+                continue
+            if field.name == "utterance_metadata":
+                rows = zip(map(json.loads, actual), map(json.loads, expected), strict=True)
+                # Cells of other utterances are empty, and the column `start` is a number.
+                for row, expected_row in rows:
+                    given = {name: text for name, text in row.items() if text and name != "start"}
+                    assert given == expected_row
                 continue
             if isinstance(expected, np.ndarray):
                 np.testing.assert_array_equal(actual, expected, err_msg=field.name)
