@@ -118,7 +118,11 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
         table.add_row(name, *cells, str(row["support"]))
     table.add_section()
     for key in SCORE_NAMES:
-        table.add_row(title_of(key), "", "", f"{scores[key]:.3f}", "")
+        interval = scores.get("intervals", {}).get(key, {"low": None})
+        text = title_of(key)
+        if interval["low"] is not None:
+            text += f" (95%: {interval['low']:.3f} to {interval['high']:.3f})"
+        table.add_row(text, "", "", f"{scores[key]:.3f}", "")
     baselines = {"majority class": scores["majority"]}
     baselines |= {f"{name} expert alone": row for name, row in scores.get("experts", {}).items()}
     if len(scores.get("experts", {})) > 1:

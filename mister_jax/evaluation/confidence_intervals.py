@@ -136,3 +136,15 @@ class DialogueBootstrap:
         scores = metrics.confusion_scores(counts)
         resampled = metrics.confusion_scores(resampled_counts)
         return {name: (scores[name], resampled[name]) for name in scores}
+
+
+def score_intervals(predictions: SplitPredictions) -> dict[str, dict[str, float | None]]:
+    """Returns the "low" and "high" end of the confidence interval of each of the `SCORE_NAMES`.
+
+    Args:
+      predictions: Predictions for a split with at least one label. If there are labels in only one
+        dialogue, the ends are None.
+    """
+    scores = DialogueBootstrap(predictions).scores(predictions.predicted)
+    estimates = {name: Estimate.from_resamples(*scores[name]) for name in metrics.SCORE_NAMES}
+    return {name: {"low": it.low, "high": it.high} for name, it in estimates.items()}

@@ -24,6 +24,7 @@ from mister_jax.evaluation.calibration import (
     summarize_calibration,
     warn_if_worse,
 )
+from mister_jax.evaluation.confidence_intervals import score_intervals
 from mister_jax.evaluation.missing_modality import study_for_report, write_study
 from mister_jax.evaluation.report import Experiment, read_utterance_texts, write_report
 from mister_jax.evaluation.scores import score_predictions
@@ -76,9 +77,10 @@ def evaluate(
 
     Returns:
       The split's scores as in `metrics.json`: the result of `score_predictions`, "dataset",
-      "checkpoint" (with the "epoch" of the parameters), "adapted_features", "calibration" if there
-      are labels (the result of `summarize_calibration`), and "seeds" if there are several seeds.
-      The scores of single seeds are not calibrated.
+      "checkpoint" (with the "epoch" of the parameters), "adapted_features", and "seeds" if there
+      are several seeds. If there are labels, "intervals" is the result of `score_intervals`, and
+      "calibration" is the result of `summarize_calibration`. The scores of single seeds are not
+      calibrated.
 
     Raises:
       InputError: The work directory, the dataset, or existing results in the folder cannot be used,
@@ -118,6 +120,7 @@ def evaluate(
         seed_scores = [score_predictions(features, of_seed) for of_seed in per_seed]
         scores["seeds"] = multi_seed.summarize_seeds(predictor.seeds, seed_scores)
     if (features.label >= 0).any():
+        scores["intervals"] = score_intervals(SplitPredictions.from_features(features, predictions))
         is_calibrated = calibrate and predictor.calibration is not None
         scores["calibration"] = summarize_calibration(
             predictor,

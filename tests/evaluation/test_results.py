@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from mister_jax import data
+from mister_jax import data, metrics
 from mister_jax import predictor as predictor_module
 from mister_jax.calibration import (
     CALIBRATION_FILE,
@@ -71,6 +71,9 @@ def test_scores_agree_with_the_predictions(results_folder):
         label, predicted = zip(*pairs, strict=True)
         expected = f1_score(label, predicted, average="weighted", zero_division=0)
         assert scores["weighted_f1"] == pytest.approx(expected)
+        for name in metrics.SCORE_NAMES:
+            interval = scores["intervals"][name]
+            assert interval["low"] < scores[name] < interval["high"]
         assert scores["reference_scores"]["bayes"]["weighted_f1"] > 0
 
 
