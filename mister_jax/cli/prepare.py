@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from mister_jax.data.corpora.registry import CORPORA
+from mister_jax.data.schema import SPLITS
 from mister_jax.data.transcripts.utterances import UtteranceRules
 from mister_jax.errors import InputError
 
@@ -158,6 +159,7 @@ def _prepare_recordings(corpus: str) -> None:
         if len(report[kind]) > _MAX_PRINTED:
             print(f"{kind}: {len(report[kind])} in all, see report.json")
     _print_notes(report["notes"])
+    _print_missing_splits(name for name, it in report["splits"].items() if it["utterances"])
     counts = ", ".join(f"{len(report[kind])} {kind}" for kind in kinds if report[kind])
     print(f"recordings: {counts or 'all usable, none changed'}")
     print(f"written to {report['directory']}")
@@ -188,6 +190,7 @@ def _prepare_features(corpus: str) -> None:
     summaries = {split: features.summary() for split, features in splits.items()}
     output_console().print(comparison_table(name, summaries))
     _print_notes(next(iter(splits.values())).metadata.get("notes", ()))
+    _print_missing_splits(splits)
     print(f"written to {builder.data_dir}")
 
 
@@ -253,6 +256,16 @@ def _detail(entry: Mapping[str, Any]) -> str:
 def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
         print(note if note.startswith("WARNING") else f"note: {note}")
+
+
+def _print_missing_splits(splits: Iterable[str]) -> None:
+    found = set(splits)
+    missing = [name for name in SPLITS if name not in found]
+    if missing:
+        print(
+            f"WARNING: no utterances in {' and '.join(missing)}; training needs the splits train "
+            "and validation, or folds (see mister-jax crossval)"
+        )
 
 
 def _check_flags(use: str, allowed: Sequence[str]) -> None:

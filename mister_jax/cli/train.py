@@ -11,7 +11,7 @@ of a Python file. A colon separates the name or path from the config's argument.
 """
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from mister_jax.cli import cluster
 from mister_jax.cli.app import STOPPED_BY_SIGTERM, required_config, required_workdir
@@ -41,6 +41,8 @@ def _train() -> int:
     splits = list(dict.fromkeys(_EVALUATE.value))
     if unknown := [split for split in splits if split not in SPLITS]:
         raise InputError(f"--evaluate={','.join(unknown)}; allowed: {', '.join(SPLITS)}")
+    if splits and not config.data.get("folds"):
+        _check_splits(config, splits)
     if not splits and len(config_seeds(config)) > 1:
         splits = ["validation"]
     progress = train(config, workdir)
@@ -49,6 +51,15 @@ def _train() -> int:
     if splits:
         _evaluate(workdir, splits)
     return 0
+
+
+def _check_splits(config: ConfigDict, splits: list[str]) -> None:
+    """Checks that the dataset has the splits, so that a missing split is not noticed at the end."""
+    from mister_jax.data.storage import check_split, open_builder
+
+    builder = open_builder(config.data.name, config.data.data_dir or None)
+    for split in splits:
+        check_split(builder, split)
 
 
 def _evaluate(workdir: str, splits: list[str]) -> None:

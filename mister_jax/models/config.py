@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from mister_jax.config_checks import (
     check_at_least,
     check_choice,
+    check_dtypes,
     check_multiple,
     check_rates,
     invalid_field,
@@ -119,6 +120,7 @@ class MisterEConfig:
             raise invalid_field(self, "context_dim", "even numbers")
         if self.fusion_gru_layers and self.fusion_dim % 2 and not self.causal:
             raise invalid_field(self, "fusion_dim", "even numbers with fusion_gru_layers")
+        check_dtypes(self)
         if not self.gate_temperature > 0:  # also rejects NaN
             raise invalid_field(self, "gate_temperature", "positive numbers")
         check_choice(self, "mixture", get_args(Mixture))

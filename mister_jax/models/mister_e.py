@@ -301,8 +301,8 @@ class MisterE(nnx.Module):
         return jnp.einsum("bte,btec->btc", gate, expert_logits), gate
 
     def _check_shapes(self, speech, text, mask, speech_present, text_present) -> None:
-        if mask.ndim != 2:
-            raise ValueError(f"mask has shape {mask.shape}; allowed: [B, T]")
+        if mask.ndim != 2 or 0 in mask.shape:
+            raise ValueError(f"mask has shape {mask.shape}; allowed: [B, T], each at least 1")
         shapes = {
             "speech": (speech, (*mask.shape, self.config.speech_dim)),
             "text": (text, (*mask.shape, self.config.text_dim)),

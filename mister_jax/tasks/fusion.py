@@ -194,6 +194,13 @@ class FusionTask:
             name: train.metadata[name] for name in ("speech", "text") if name in train.metadata
         }
         standardizers, notes = choose_standardizers(train, config.data.get("standardize", AUTO))
+        untrained = [
+            name
+            for name, count in zip(train.class_names, train.class_counts, strict=True)
+            if not count
+        ]
+        if untrained:
+            notes.append(f"WARNING: no training utterance has the class {', '.join(untrained)}")
         return cls(config, train.class_names, model, encoders, standardizers, notes, train)
 
     @classmethod

@@ -164,6 +164,7 @@ def test_the_output_describes_the_dataset(successes, corpora):
     assert f"missing: d4/1: {corpora}/4_1.wav: not a format that FFmpeg reads" in output
     assert f"capped: d1/1: {corpora}/1_1.wav: 1.5 s\n" in output
     assert "recordings: 1 missing, 1 capped, 12 fast_text\n" in output
+    assert "WARNING: no utterances in validation; training needs the splits" in output
     assert output.endswith(f"written to {corpora}/data/manifest/calls/1.0.0\n")
 
 

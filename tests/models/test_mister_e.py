@@ -398,6 +398,8 @@ def test_small_config_accepts_changes():
         ("experts", ()),
         ("experts", ("speech", "speech")),
         ("experts", ("video",)),
+        ("dtype", "float64"),
+        ("param_dtype", "int8"),
     ],
 )
 def test_invalid_values_raise_an_error_that_names_the_field(field, value):

@@ -101,6 +101,17 @@ def test_modalities_of_uneven_scale_are_standardized_by_default(task, config):
     assert FusionTask.restore(config, automatic.description()).notes == automatic.notes
 
 
+def test_a_class_without_training_utterances_gives_a_warning(config):
+    train = data.load_features(config.data.name, "train", config.data.data_dir)
+    rare = int(train.label.max())
+    changed = dataclasses.replace(train, label=np.where(train.label == rare, -1, train.label))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mister_jax.tasks.fusion.load_features", lambda *_: changed)
+        notes = FusionTask.from_data(config).notes
+    name = train.class_names[rare]
+    assert notes[-1] == f"WARNING: no training utterance has the class {name}"
+
+
 @pytest.mark.parametrize(
     ("scales", "reason"),
     [
