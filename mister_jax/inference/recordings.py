@@ -121,7 +121,11 @@ def find_utterances(
     else:
         if isinstance(transcript, str | os.PathLike):
             contents = read_transcript(
-                transcript, tier=tier, speaker=speaker, recording=pathlib.Path(source).stem
+                transcript,
+                tier=tier,
+                speaker=speaker,
+                recording=pathlib.Path(source).stem,
+                ignore_emotion_tiers=True,
             )
             segments, notes = contents.segments, contents.notes
             origin = f"transcript {os.fspath(transcript)} ({contents.format})"

@@ -120,9 +120,12 @@ def _select(all_tiers: Sequence[Tier], selection: Selection) -> list[Segment]:
     if selection.tier is not None:
         chosen = _named(tiers, selection.tier, listed)
     else:
-        filled = [tier for tier in tiers if tier.filled and tier not in label_tiers]
-        chosen = filled if len(filled) == 1 else _tiers_with_predictions(filled)
-        if filled and not chosen:
+        candidates = [tier for tier in tiers if tier not in label_tiers]
+        filled = [tier for tier in candidates if tier.filled]
+        chosen = filled
+        if len(filled) > 1 and selection.ignore_emotion_tiers:
+            chosen = _without_predictions(candidates) or filled
+        if len(chosen) > 1 and chosen is filled:
             raise InputError(f"has several tiers; choose one with --tier=NAME; tiers: {listed}")
     if not any(tier.filled for tier in chosen):
         raise InputError(f"has no intervals with text in its tiers; tiers: {listed}")
@@ -139,21 +142,25 @@ def _select(all_tiers: Sequence[Tier], selection: Selection) -> list[Segment]:
     return segments
 
 
-def _tiers_with_predictions(tiers: Sequence[Tier]) -> list[Tier]:
-    """Returns the text tiers of a file that `mister-jax predict` has written.
+def _without_predictions(tiers: Sequence[Tier]) -> list[Tier]:
+    """Returns the text tiers of a file to which `mister-jax predict` has written emotion tiers.
 
-    The file has an emotion tier for each text tier; see `timeline.tiers.split_tiers`. Returns an
-    empty list for a file with any other tiers.
+    The file has a single text tier, or an emotion tier for each text tier (see
+    `timeline.tiers.split_tiers`). Returns an empty list for a file with any other tiers.
     """
     emotion_tiers = {tier.name for tier in tiers if is_emotion_tier(tier.name)}
     texts = [tier for tier in tiers if tier.name not in emotion_tiers]
+    unpaired = set(emotion_tiers)
     for tier in texts:
         # The emotion tier of "Ann 2" is "Ann emotion 2" for the speaker Ann, and "Ann 2 emotion"
         # for the speaker "Ann 2". Without a speaker, the text tier is "text".
-        name, number = re.fullmatch(r"(.*?)( \d+)?", tier.name, re.DOTALL).groups("")
+        number = re.search(r"(?: \d+)?$", tier.name)[0]  # type: ignore[index]
+        name = tier.name.removesuffix(number)
         speaker = "" if name == "text" else name
-        emotion_tiers -= {f"{speaker} emotion{number}".strip(), f"{tier.name} emotion"}
-    return texts if len(tiers) == 2 * len(texts) and not emotion_tiers else []
+        unpaired -= {f"{speaker} emotion{number}".strip(), f"{tier.name} emotion"}
+    is_paired = len(emotion_tiers) == len(texts) and not unpaired
+    has_predictions = bool(emotion_tiers) and (is_paired or len(texts) == 1)
+    return [tier for tier in texts if tier.filled] if has_predictions else []
 
 
 def is_emotion_tier(name: str) -> bool:

@@ -24,6 +24,7 @@ class Selection:
     label_tier: str | None = None
     label_column: str | None = None
     recording: str | None = None
+    ignore_emotion_tiers: bool = False
 
 
 class Notes:

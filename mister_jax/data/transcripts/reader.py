@@ -78,6 +78,7 @@ def read_transcript(
     label_tier: str | None = None,
     label_column: str | None = None,
     recording: str | None = None,
+    ignore_emotion_tiers: bool = False,
     strict: bool = True,
 ) -> Transcript:
     """Reads a transcript, whose format is detected from its content.
@@ -93,6 +94,8 @@ def read_transcript(
         `emotion`.
       recording: Name of the recording without its extension. The name selects rows if an STM, CTM,
         RTTM, CSV or TSV file contains several recordings.
+      ignore_emotion_tiers: Whether to ignore the emotion tiers of a TextGrid or EAF that
+        `mister-jax predict` has written. If false, a file with several tiers needs `tier`.
       strict: Whether to raise an error for an option that the format does not support. If false,
         the option is ignored.
 
@@ -106,7 +109,7 @@ def read_transcript(
     """
     name = os.fspath(path)
     notes = Notes()
-    selection = Selection(tier, speaker, label_tier, label_column, recording)
+    selection = Selection(tier, speaker, label_tier, label_column, recording, ignore_emotion_tiers)
     try:
         detected = _detect(existing_path(path), notes)
         for option in ("tier", "label_tier", "label_column"):
@@ -115,7 +118,7 @@ def read_transcript(
             if strict:
                 what = option.replace("_", " ")
                 raise InputError(f"{detected.name} has no {what}s; leave out --{option}")
-            selection = dataclasses.replace(selection, **{option: None})
+            selection = dataclasses.replace(selection, **{option: None})  # type: ignore[arg-type]
         transcript = detected.read(selection, notes)
         segments = keep_speaker(_checked(transcript.segments, notes), speaker)
         if not segments:
@@ -235,12 +238,8 @@ def _is_prediction(path: pathlib.Path) -> bool:
         texts = re.findall(r"-->.*\n(.+)", text)
         is_labeled = bool(texts) and all(re.match(r"\[[^\]]+\](?: |$)", line) for line in texts)
         if is_labeled:
-            logging.warning(
-                '%s: not used as a transcript, because every cue starts with a label, "%s", as in '
-                "the output of mister-jax predict; if it is a transcript, pass its path",
-                path,
-                texts[0].partition("]")[0] + "]",
-            )
+            label = f"{texts[0].partition(']')[0]}]"
+            _warn_of_skipped(path, f'every cue starts with a label, "{label}"')
         return is_labeled
     if suffix == ".textgrid":
         try:
@@ -248,8 +247,20 @@ def _is_prediction(path: pathlib.Path) -> bool:
         except InputError:
             return False  # Reading the transcript reports the error.
         tiers = [tier.name for tier in annotation.tiers if tier.filled] if annotation else []
-        return bool(tiers) and all(map(is_emotion_tier, tiers))
+        has_only_emotions = bool(tiers) and all(map(is_emotion_tier, tiers))
+        if has_only_emotions:
+            _warn_of_skipped(path, f"it has no text, only {', '.join(tiers)}")
+        return has_only_emotions
     return suffix == ".eaf" and 'AUTHOR="mister_jax"' in text
+
+
+def _warn_of_skipped(path: pathlib.Path, reason: str) -> None:
+    logging.warning(
+        "%s: not used as a transcript, because %s, as in the output of mister-jax predict; if it "
+        "is a transcript, pass its path",
+        path,
+        reason,
+    )
 
 
 def _normalized(name: str) -> str:

@@ -34,10 +34,10 @@ _WORD_TIME = re.compile(rf"<({_TIME})>")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}")
 _MUSIC = re.compile("[♩♪♫♬♭♮♯]+")
 # Marks that show a change of speaker.
-_NEW_SPEAKER = re.compile(r"^(?:[-–—]\s+|>{2,}\s*)")  # noqa: RUF001
+_NEW_SPEAKER = re.compile(r"^(?:[-–—](?:\s+|(?=[^\W\d_]))|>{2,}\s*)")  # noqa: RUF001
 # Prefixes that name the speaker: "[SPEAKER_00]: " as in WhisperX, and "Ann: "; see `_has_names`.
 _BRACKETED_NAME = re.compile(r"\[([^\[\]]+)\]:\s*")
-_NAME = re.compile(r"([^\W\d_](?:[^\s:.,;!?\[\]]|\.?[ ](?![ ])){0,30}):(?:\s+|$)")
+_NAME = re.compile(r"([^\W\d_](?:[^\s:：,;!?\[\]]|[ ](?![ ])){0,30})(?::(?:\s+|$)|：\s*)")  # noqa: RUF001
 
 
 def detect_subtitles(text: str) -> DetectedFormat | None:
@@ -179,7 +179,7 @@ def _cleaned(segments: list[Segment], notes: Notes) -> tuple[Segment, ...]:
     A segment without speaker is split into the turns that its lines mark. The turns get the
     speakers that the text names.
     """
-    lines = [[_without_markup(line) for line in it.text.split("\n")] for it in segments]
+    lines = [_plain_lines(segment.text) for segment in segments]
     has_names = _has_names(lines)
     cleaned: list[Segment] = []
     last_name: str | None = None
@@ -187,6 +187,7 @@ def _cleaned(segments: list[Segment], notes: Notes) -> tuple[Segment, ...]:
         if segment.speaker or segment.words:
             text = one_line(" ".join(_NEW_SPEAKER.sub("", line) for line in segment_lines))
             cleaned.append(dataclasses.replace(segment, text=text))
+            last_name = segment.speaker
             continue
         turns = list(_turns(segment_lines, has_names, last_name))
         last_name = turns[-1][0]
@@ -227,12 +228,15 @@ def _turns(
         and has no mark of a new speaker.
     """
     turns: list[tuple[str | None, str]] = [(last_name if has_names else None, "")]
-    for line in filter(None, lines):
+    lines = list(filter(None, lines))
+    # A dash may also continue a sentence, unless all turns have one.
+    has_dashes = bool(lines) and _NEW_SPEAKER.match(lines[0]) is not None
+    for line in lines:
         text = _NEW_SPEAKER.sub("", line)
         match = _BRACKETED_NAME.match(text) or (_NAME.match(text) if has_names else None)
         if match:
             turns.append((one_line(match[1]), one_line(text[match.end() :])))
-        elif text != line:
+        elif text != line and (has_dashes or line.startswith(">")):
             turns.append((None, one_line(text)))
         else:
             turns[-1] = turns[-1][0], one_line(f"{turns[-1][1]} {text}")
@@ -241,14 +245,15 @@ def _turns(
 
 def _plain(text: str) -> str:
     """Returns the text of several lines without markup and without marks of a new speaker."""
-    lines = (_NEW_SPEAKER.sub("", _without_markup(line)) for line in text.split("\n"))
-    return one_line(" ".join(lines))
+    return one_line(" ".join(_NEW_SPEAKER.sub("", line) for line in _plain_lines(text)))
 
 
-def _without_markup(line: str) -> str:
-    line = html.unescape(_TAG.sub("", line))
+def _plain_lines(text: str) -> list[str]:
+    """Returns the lines of a text without markup."""
+    text = html.unescape(_TAG.sub("", text))
     # Zero-width spaces and direction marks would count as text.
-    return re.sub("[\u200b\u200e\u200f\u2060\ufeff]", "", _MUSIC.sub(" ", line)).strip()
+    text = re.sub("[\u200b\u200e\u200f\u2060\ufeff]", "", _MUSIC.sub(" ", text))
+    return [line.strip() for line in text.split("\n")]
 
 
 def _import_pysubs2(name: str) -> Any:

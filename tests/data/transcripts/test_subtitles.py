@@ -127,6 +127,22 @@ def as_srt(*texts):
             ["Ann: Hello\nthere.\nBo: Hi."], [(None, "Ann: Hello there. Bo: Hi.")], id="one name"
         ),
         pytest.param(
+            ["小明\uff1a你好", "小明\uff1a再见。", "J.R. Smith: <font\ncolor='red'>Hi.</font>"],
+            [("小明", "你好"), ("小明", "再见。"), ("J.R. Smith", "Hi.")],
+            id="names in other scripts",
+        ),
+        pytest.param(
+            ["-Who?\n-Me.", "He came home\n\u2013 late as always \u2013", "-5 degrees.\n>>Cold."],
+            [
+                (None, "Who?"),
+                (None, "Me."),
+                (None, "He came home late as always \u2013"),
+                (None, "-5 degrees."),
+                (None, "Cold."),
+            ],
+            id="dashes",
+        ),
+        pytest.param(
             ["Remember: stay.", "Yes.", "But why?", "Rule one: run."],
             [(None, text) for text in ("Remember: stay.", "Yes.", "But why?", "Rule one: run.")],
             id="colons as names",
