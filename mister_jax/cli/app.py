@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from mister_jax.errors import InputError, MissingExtraError
 
@@ -79,6 +80,8 @@ def required_workdir(flag: flags.FlagHolder, meaning: str) -> str:
 
 
 def _run_main(module: ModuleType, arguments: list[str]) -> int:
+    # By default, absl prints the time, the process and the line of code with each warning.
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     # At level INFO, JAX logs each kind of device that is missing.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     try:
@@ -192,6 +195,10 @@ def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
         names = (argument.partition("=")[0] for argument in arguments if argument.startswith("-"))
         flag = next(name.lstrip("-").partition(".")[0] for name in names if "." in name)
         return _missing_config(flag, message)
+    if "has no attribute 'get_config'" in message:
+        # The message of ml_collections does not name the file.
+        path = next((it for it in arguments if it.lstrip("-").startswith("config=")), "--config")
+        return f"{path}: the file defines no function get_config, which returns the ConfigDict"
     override = _find_override(message, arguments)
     if override and isinstance(chain[-1], KeyError) and "Did you mean" not in message:
         message = f"no such field{_allowed_fields(override, arguments)}"

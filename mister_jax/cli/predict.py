@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from mister_jax.data.corpus import Corpus, Utterance
     from mister_jax.inference.recognizer import EmotionRecognizer
     from mister_jax.inference.recordings import RecordingUtterances
+    from mister_jax.inference.speech_recognition import SpeechRecognizer
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -290,7 +291,7 @@ def _predict_recordings() -> int:
     from mister_jax.inference.prediction_files import write_predictions
     from mister_jax.inference.recognizer import is_unusable
     from mister_jax.inference.recordings import list_recordings
-    from mister_jax.inference.speech_recognition import detect_voice_activity
+    from mister_jax.inference.speech_recognition import detect_voice_activity, load_recognizer
 
     if _MANIFEST.value or _CORPUS.value or _AUDIO.value or _TEXT.value:
         raise InputError("--recording excludes --audio, --text, --manifest and --corpus")
@@ -301,13 +302,19 @@ def _predict_recordings() -> int:
             "transcripts of the same names beside the recordings"
         )
     outputs = _outputs_by_recording(recordings)
+    speech_recognizer: SpeechRecognizer | None = None
+    if _NO_TEXT.value:
+        speech_recognizer = detect_voice_activity
+    elif _RECOGNIZER.value:
+        # Load it now, so that an error stops the command before the first recording.
+        speech_recognizer = load_recognizer(_RECOGNIZER.value, _LANGUAGE.value)
     recognizer = _load()
     options = {
         "transcript": _TRANSCRIPT.value,
         "search_transcript": _SEARCH.value and not _NO_TEXT.value,
         "tier": _TIER.value,
         "speaker": _SPEAKER.value,
-        "recognizer": detect_voice_activity if _NO_TEXT.value else _RECOGNIZER.value,
+        "recognizer": speech_recognizer,
         "language": _LANGUAGE.value,
         "channels": _CHANNELS.value,
         "rules": UtteranceRules(max_gap=_JOIN_GAP.value, max_seconds=_UTTERANCE_SECONDS.value),
@@ -347,12 +354,16 @@ def _predict_recordings() -> int:
                 all_rows += rows
                 num_used += not all(any(map(is_unusable, row["notes"])) for row in rows)
                 _print_recording(utterances, rows, outputs[recording], with_table=is_single)
-        finally:
-            # Also written if Ctrl-C stops the command, or if the reader of a pipe has exited.
+        except BaseException:  # for example, Ctrl-C, or the reader of a pipe has exited
             for path in outputs[""] if all_rows else ():
-                # Formats that use `timeline_options` have one recording.
-                write_predictions(path, all_rows, **timeline_options)
+                with contextlib.suppress(OSError):
+                    write_predictions(path, all_rows, **timeline_options)
+                    summary = f"{num_used} of {len(recordings)} recordings"
+                    print(f"stopped; written to {path}: {summary}", file=sys.stderr)
+            raise
     for path in outputs[""] if all_rows else ():
+        # Formats that use `timeline_options` have one recording; see `_outputs_by_recording`.
+        write_predictions(path, all_rows, **timeline_options)
         print(f"written to {path}: utterances {len(all_rows)}, recordings {num_used}")
     if num_used == len(recordings):
         return 0

@@ -130,7 +130,7 @@ def download(name: str, patterns: tuple[str, ...]) -> pathlib.Path:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"{name}: no such folder, and it cannot be downloaded from the Hugging Face Hub "
-            f"({reason}); allowed: a folder, {MINILM!r} or, with network access, a model name"
+            f"({reason}); allowed: a folder or, with network access, a name on the Hub"
         ) from error
 
 

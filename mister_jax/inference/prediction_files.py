@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import os
-import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -79,6 +78,8 @@ def write_predictions(
 def check_predictions_path(path: epath.PathLike) -> None:
     """Checks that predictions can be written to a path, whose folder need not exist yet.
 
+    Of a path in a bucket, only the extension is checked.
+
     Raises:
       InputError: The extension is not one of `FORMATS`, the path is a folder, or its parent folder
         cannot be written to or created.
@@ -89,14 +90,15 @@ def check_predictions_path(path: epath.PathLike) -> None:
             f"{path}: output with extension {path.suffix or '(none)'}; allowed: "
             f"{', '.join(FORMATS)}"
         )
+    if "://" in os.fspath(path):  # in a bucket
+        return
     absolute = path.absolute()
     if absolute.is_dir():
         raise InputError(f"{path}: is a folder; needed: a file")
     folder = next(it for it in absolute.parents if it.exists())
     try:
-        if isinstance(folder, pathlib.Path):  # not in a bucket
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise InputError(f"{path}: cannot write to {folder} ({error.strerror})") from None
 

@@ -203,8 +203,7 @@ class EmotionRecognizer(ModelHubMixin):
         checked = utterance_inputs.check_utterances(dialogues)
         if checked and not any(map(self._is_readable, checked)):
             raise InputError(
-                f"no utterance has {' or '.join(self._encoders)}, which the model reads; needed: "
-                f"at least one with {' or '.join(self._encoders)}"
+                f"no utterance has {' or '.join(self._encoders)}, and the model reads nothing else"
             )
         rows = iter(
             self._predict(

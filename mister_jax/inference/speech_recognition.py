@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -103,7 +104,7 @@ class WhisperRecognizer:
                 os.fspath(model), local_files_only=local_files_only
             )
         except Exception as error:  # CTranslate2, tokenizers and the Hub raise many error types.
-            reason = " ".join(str(error).split())[:200]
+            reason = textwrap.shorten(str(error), 200, placeholder=" ...")
             raise CheckpointError(
                 f"speech recognizer {os.fspath(model)}: cannot be loaded ({reason}); allowed: a "
                 "Whisper checkpoint for CTranslate2 on the Hub or in a folder"
@@ -278,6 +279,11 @@ def load_recognizer(
         return recognizer
     if recognizer is not None:
         return _load_whisper(os.fspath(recognizer), language)
+    return _load_default(language)
+
+
+@functools.cache  # A failed download is not repeated for each recording.
+def _load_default(language: str | None) -> SpeechRecognizer:
     try:
         return _load_whisper(DEFAULT_MODEL, language)
     except CheckpointError as error:

@@ -30,6 +30,7 @@ UNUSABLE, SILENT, NO_INPUT, CAPPED, DAMAGED, CUT, NOTE = NOTE_KINDS = (
 )
 """Kinds of notes on an utterance; a note is "KIND: text"."""
 
+_SHORT_SECONDS = 0.1  # below this length, a recording gets a note
 _MAX_WARNINGS = 5  # number of unusable recordings that are logged individually
 
 
@@ -185,13 +186,13 @@ def _check_utterance(
 
 def _check_samples(array: Any, row: Fields) -> tuple[np.ndarray, tuple[str, ...]]:
     """Returns an array's samples [S] as int16, and notes on the samples."""
-    samples = np.asarray(array)
+    allowed = "allowed: a file, or samples [S] at 16 kHz, int16 or float"
+    try:
+        samples = np.asarray(array)
+    except ValueError:  # for example, a tuple of an array and a sampling rate
+        row.fail("audio", f"{type(array).__name__}; {allowed}")
     if samples.ndim != 1 or not (samples.dtype == np.int16 or samples.dtype.kind == "f"):
-        row.fail(
-            "audio",
-            f"{samples.dtype} {list(samples.shape)}; allowed: a file, or samples [S] at 16 kHz, "
-            "int16 or float",
-        )
+        row.fail("audio", f"{samples.dtype} {list(samples.shape)}; {allowed}")
     if samples.dtype == np.int16:
         return samples, ()
     try:
@@ -203,6 +204,8 @@ def _check_samples(array: Any, row: Fields) -> tuple[np.ndarray, tuple[str, ...]
 
 def _clip_notes(clip: audio.Clip, max_seconds: float) -> list[str]:
     notes = [f"{NOTE}: {note}" for note in clip.notes]
+    if clip.seconds < _SHORT_SECONDS:
+        notes.append(f"{NOTE}: only {clip.seconds:.2f} s long")
     if clip.capped:
         notes.append(_capped_note(clip.seconds, max_seconds))
     if clip.damaged:

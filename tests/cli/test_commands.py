@@ -1,5 +1,6 @@
 """Commands as a user types them, and the errors of invalid commands."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -86,6 +87,11 @@ WRONG_USES = {
             "file"
         ),
         "--config=configs/fusion.py:x,fast --workdir=DIR/run": "unknown variant 'fast'; allowed",
+        "--config=DIR/empty.py --workdir=DIR/run": "empty.py: the file defines no function get_con",
+        (
+            "--config=configs/fusion.py:no_test --config.data.data_dir=DIR/data --workdir=DIR/run"
+            " --evaluate=test"
+        ): "no split 'test'; allowed: train, validation",
         "--config=configs/fusion.py:x --workdri=DIR": "'workdri'. Did you mean: workdir",
         "--config=configs/fusion.py:x --config.data.batchsize=8": (
             "error: --config.data.batchsize: 'batchsize' Did you mean \"batch_size\" instead"
@@ -173,9 +179,10 @@ WRONG_USES = {
         "--model=DIR/ready --manifest=DIR/my.jsonl --split=test": "--split: needs --corpus",
         "--model=DIR/ready --manifest=DIR/my.jsonl": "no such file; needed: a manifest",
         "--model=DIR/ready --corpus=meld --source=DIR": "no train_sent_emo.csv; needed: MELD",
-        "--model=DIR/ready --text=a --output=DIR/no/out.jsonl": (
-            "needed: a file in an existing folder"
+        "--model=DIR/ready --text=a --output=DIR/old/model.json/out.jsonl": (
+            "cannot write to DIR/old/model.json (Not a directory)"
         ),
+        "--model=DIR/ready --text=a --output=DIR/dir.csv": "dir.csv: is a folder; needed: a file",
     },
     "export": {
         "": "--model is needed: a work directory or an exported folder",
@@ -209,7 +216,15 @@ def folder(tmp_path_factory):
         0, {"train": 2, "test": 1}, num_classes=2, speech_dim=3, text_dim=3
     )
     data.write_features(splits, "x", folder / "data")
+    without_test = {"train": splits["train"], "validation": splits["test"]}
+    data.write_features(
+        {name: dataclasses.replace(it, split=name) for name, it in without_test.items()},
+        "no_test",
+        folder / "data",
+    )
     (folder / "empty").mkdir()
+    (folder / "dir.csv").mkdir()
+    (folder / "empty.py").write_text("")
     (folder / "encoder").mkdir()
     (folder / "encoder" / "config.json").write_text(text_encoder.get_config().to_json_best_effort())
     write_untrained_workdir(folder / "ready", folder / "data", "x")

@@ -164,6 +164,8 @@ def test_dialogues_of_one_utterance_and_no_dialogues(recognizer):
         ([{"audio": "a.wav"}] * 2, "2 utterances have the recording 'a.wav', so each needs start"),
         ([{"audio": np.zeros((2, 5))}], r"audio: float64 \[2, 5\]; allowed: a file, or samples"),
         ([{"audio": np.zeros(5, np.int32)}], "audio: int32"),
+        ([{"audio": (np.zeros(5), 16_000)}], "audio: tuple; allowed: a file, or samples"),
+        ([{"text": " "}, {"text": ""}], "no utterance has speech or text, and the model"),
         ([{"audio": np.full(5, np.nan)}], "audio: samples are not finite"),
         ([{"audio": np.full(5, 3000.0)}], "float samples of up to 3000; allowed: full scale 1"),
         ([{"audio": np.zeros(5), "audio_end": 1}], "audio is an array, but audio_start"),
