@@ -234,6 +234,7 @@ def compare_recipes(
         for name in first.experts if len(first.experts) > 1 else ():
             predictions[f"{recipes[0].name}, {name} expert"] = _of_expert(first, name)
         parts = _parts(of, data_dir or None, configs[of, recipes[0]].data.fold_seed)
+        print(f"{of.folder}: {_REGRESSION}, which can take minutes", flush=True)
         predictions[_REGRESSION] = _align(predict_by_regression(parts), first)
         result["sets"][of.folder] = {
             "dataset": of.name,

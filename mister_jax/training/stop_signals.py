@@ -42,7 +42,8 @@ class StopRequest:
         self.by_ctrl_c = True
         self.event.set()
         # In a signal handler, `print` may fail, because the signal may have interrupted a `print`.
-        os.write(_STDERR, _CTRL_C_MESSAGE)
+        with contextlib.suppress(OSError):  # The reader of a pipe may have exited.
+            os.write(_STDERR, _CTRL_C_MESSAGE)
 
 
 @contextlib.contextmanager
