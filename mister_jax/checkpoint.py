@@ -110,11 +110,17 @@ class Checkpoints:
                     manager.delete(saved_step)
 
     def _wait(self) -> None:
-        """Waits for all writes, and then deletes best checkpoints that are no longer needed."""
+        """Waits for all writes, and then deletes checkpoints that are no longer needed."""
         for manager in self._managers.values():
             manager.wait_until_finished()
-        if not self._read_only and self._managers.keys() >= {LATEST, BEST}:
-            latest_step = self._managers[LATEST].latest_step() or 0
+        if self._read_only or LATEST not in self._managers:
+            return
+        # Orbax deletes the previous checkpoint, unless the run is killed just before.
+        latest_steps = sorted(self._managers[LATEST].all_steps())
+        for step in latest_steps[:-1]:
+            self._managers[LATEST].delete(step)
+        if BEST in self._managers:
+            latest_step = latest_steps[-1] if latest_steps else 0
             steps = [step for step in self._managers[BEST].all_steps() if step <= latest_step]
             for step in sorted(steps)[:-1]:
                 self._managers[BEST].delete(step)

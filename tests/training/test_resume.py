@@ -362,8 +362,27 @@ def test_sigterm_stops_a_training_with_a_single_step_per_epoch(tiny_data_dir, tm
     assert len(read_validation_scores(tmp_path)) == 5
 
 
+def test_a_checkpoint_that_a_killed_run_has_not_deleted_is_deleted(
+    tiny_data_dir, finished_workdir, tmp_path
+):
+    workdir = shutil.copytree(finished_workdir, tmp_path / "run")
+    latest = workdir / "checkpoints" / "latest"
+    (newest,) = latest.iterdir()
+    shutil.copytree(newest, latest / str(int(newest.name) - 1))
+    assert train(make_tiny_config(tiny_data_dir), workdir, quiet=True).finished
+    assert_same_checkpoints(workdir, finished_workdir)
+
+
+@pytest.fixture
+def default_ctrl_c_handler():
+    """Installs Python's handler of Ctrl-C, because a shell's background jobs ignore Ctrl-C."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, previous)
+
+
 def test_ctrl_c_saves_the_step_and_a_second_one_stops_immediately(
-    tiny_data_dir, finished_workdir, tmp_path, capfd
+    tiny_data_dir, finished_workdir, tmp_path, capfd, default_ctrl_c_handler
 ):
     def press_at(*steps):
         def on_step(step):
@@ -377,7 +396,6 @@ def test_ctrl_c_saves_the_step_and_a_second_one_stops_immediately(
         return [path.name for path in (tmp_path / "checkpoints" / "latest").iterdir()]
 
     config = make_tiny_config(tiny_data_dir)
-    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path, on_step=press_at(2))
     assert latest_steps() == ["2"]
@@ -387,7 +405,7 @@ def test_ctrl_c_saves_the_step_and_a_second_one_stops_immediately(
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path, quiet=True, on_step=press_at(3, 3))
     assert latest_steps() == ["2"]
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGINT) is default_ctrl_c_handler
     train(config, tmp_path, quiet=True)
     assert_same_checkpoints(tmp_path, finished_workdir)
 
