@@ -287,9 +287,6 @@ def _follow() -> int:
 
 def _predict_recordings() -> int:
     """Predicts the conversations in --recording, one after another."""
-    from mister_jax.console import ProgressReporter
-    from mister_jax.inference.prediction_files import write_predictions
-    from mister_jax.inference.recognizer import is_unusable
     from mister_jax.inference.recordings import list_recordings
     from mister_jax.inference.speech_recognition import detect_voice_activity, load_recognizer
 
@@ -319,10 +316,44 @@ def _predict_recordings() -> int:
         "channels": _CHANNELS.value,
         "rules": UtteranceRules(max_gap=_JOIN_GAP.value, max_seconds=_UTTERANCE_SECONDS.value),
     }
+    num_used = _predict_each(recognizer, recordings, options, outputs)
+    if num_used == len(recordings):
+        return 0
+    num_unusable = len(recordings) - num_used
+    print(
+        f"error: {num_unusable} of {len(recordings)} recordings could not be used", file=sys.stderr
+    )
+    return 1
+
+
+def _predict_each(
+    recognizer: EmotionRecognizer,
+    recordings: Sequence[str],
+    options: Mapping[str, Any],
+    outputs: Mapping[str, Sequence[str]],
+) -> int:
+    """Predicts recordings, and prints and writes the predictions.
+
+    If the command is stopped, the files with all recordings' rows contain the completed recordings.
+
+    Args:
+      recognizer: Recognizer.
+      recordings: Paths of the recordings.
+      options: Options of `find_utterances`.
+      outputs: Result of `_outputs_by_recording`.
+
+    Returns:
+      Number of recordings that could be used.
+    """
+    from mister_jax.console import ProgressReporter
+    from mister_jax.inference.prediction_files import write_predictions
+    from mister_jax.inference.recognizer import is_unusable
+
     is_single = len(recordings) == 1
     all_rows: list[dict[str, Any]] = []
     num_used = 0
-    timeline_options: dict[str, Any] = {}
+    timeline_options: dict[str, Any] = {"embed_audio": _EMBED_AUDIO.value}
+    timeline_options["channels"] = _CHANNELS.value
     with ProgressReporter(len(recordings), unit="recordings", quiet=is_single) as reporter:
         try:
             for recording in recordings:
@@ -337,11 +368,7 @@ def _predict_recordings() -> int:
                         min_confidence=_MIN_CONFIDENCE.value,
                         quiet=not is_single,
                     )
-                    timeline_options = {
-                        "embed_audio": _EMBED_AUDIO.value,
-                        "transcript": utterances.transcript,
-                        "channels": _CHANNELS.value,
-                    }
+                    timeline_options["transcript"] = utterances.transcript
                     for path in outputs[recording]:
                         write_predictions(path, rows, **timeline_options)
                 except InputError as error:
@@ -365,13 +392,7 @@ def _predict_recordings() -> int:
         # Formats that use `timeline_options` have one recording; see `_outputs_by_recording`.
         write_predictions(path, all_rows, **timeline_options)
         print(f"written to {path}: utterances {len(all_rows)}, recordings {num_used}")
-    if num_used == len(recordings):
-        return 0
-    num_unusable = len(recordings) - num_used
-    print(
-        f"error: {num_unusable} of {len(recordings)} recordings could not be used", file=sys.stderr
-    )
-    return 1
+    return num_used
 
 
 def _print_recording(
