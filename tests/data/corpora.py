@@ -116,7 +116,7 @@ def write_meld(root, write_mp4):
             clip.parent.mkdir(parents=True, exist_ok=True)
             clip.write_bytes(b"\0" * 500)
         elif clip.name == "dia38_utt4.mp4":
-            write_mp4(clip, 305)
+            write_mp4(clip, 305, channels=1)
         elif clip.name == "dia220_utt0.mp4":
             write_mp4(clip, 0.064)
         else:
