@@ -161,6 +161,9 @@ def _pairs(
         offset = jax.lax.axis_index(axis_name) * mask.size
 
     def gather(values: jax.Array) -> jax.Array:
+        # On meshes with explicit axes, JAX does not flatten a sharded array.
+        if any(jax.typeof(values).sharding.spec):
+            values = jax.sharding.reshard(values, jax.sharding.PartitionSpec())
         values = values.reshape(-1, *values.shape[mask.ndim :])
         if axis_name is None:
             return values

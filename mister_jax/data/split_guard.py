@@ -28,7 +28,11 @@ def training_splits_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_splits_allowed() -> Iterator[None]:
-    """Lifts `training_splits_only`, for code that pools all splits and then makes new splits."""
+    """Lifts `training_splits_only`.
+
+    This is for code that pools all splits and then makes new splits, and for code that only reads
+    the lengths of the dialogues to compile programs. This function can also be used as a decorator.
+    """
     token = _is_training.set(False)
     try:
         yield

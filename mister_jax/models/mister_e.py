@@ -216,8 +216,10 @@ class MisterE(nnx.Module):
         mask: jax.Array,
     ) -> MisterEOutput:
         """Combines the outputs of the enabled experts; the CRF is not applied."""
-        no_logits = jnp.zeros((*mask.shape, self.config.num_outputs), jnp.float32)
-        no_vectors = jnp.zeros((*mask.shape, 0), jnp.dtype(self.config.dtype))
+        # These zeros get the sharding of the mask, also on meshes with explicit axes.
+        zeros = jnp.zeros_like(mask, jnp.float32)[..., None]
+        no_logits = jnp.broadcast_to(zeros, (*mask.shape, self.config.num_outputs))
+        no_vectors = zeros[..., :0].astype(self.config.dtype)
         speech_logits, speech_context = outputs.get("speech", (no_logits, no_vectors))
         text_logits, text_context = outputs.get("text", (no_logits, no_vectors))
         fusion_logits, speech_repr, text_repr = outputs.get(

@@ -103,6 +103,12 @@ def _scan(
     return states, tuple(residuals)
 
 
+def _explicit_sharding(x: jax.Array) -> jax.sharding.NamedSharding | None:
+    """Returns the sharding of an array on a mesh with explicit axes, otherwise None."""
+    sharding = jax.typeof(x).sharding
+    return sharding if sharding.mesh.explicit_axes else None
+
+
 @jax.custom_vjp
 def _gru_scan(gates, mask, kernel, bias_n):
     return _scan(gates, mask, kernel, bias_n)[0]
@@ -141,6 +147,8 @@ def _gru_scan_backward(saved, d_states):
         residuals[0].astype(kernel.dtype),
         d_recurrent.astype(kernel.dtype),
         preferred_element_type=jnp.float32,
+        # On meshes with explicit axes, JAX does not choose the sharding of a sum over sharded rows.
+        out_sharding=_explicit_sharding(kernel),
     )
     d_bias_n = d_recurrent[..., 2 * hidden_dim :].sum((0, 2))
     return (

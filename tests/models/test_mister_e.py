@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy.special import softmax
 
 from mister_jax import MisterE, MisterEConfig, losses
@@ -427,6 +428,19 @@ def test_wrong_shapes_raise_an_error_that_names_the_array(tiny_config, make_batc
     batch = make_batch((3, 2)) | {name: np.zeros(shape, np.float32)}
     with pytest.raises(ValueError, match=f"^{name} has shape {re.escape(str(shape))}"):
         forward(make_model(tiny_config), batch)
+
+
+@pytest.mark.parametrize(
+    "variant", [{"gate_reads_contexts": True, "crf": True}, {"experts": ("fusion",)}], ids=str
+)
+def test_rows_can_be_sharded_over_explicit_axes(tiny_config, make_batch, variant):
+    model = make_model(tiny_config, **variant)
+    batch = make_batch((5, 1, 3, 0))
+    expected = loss_and_gradients(model, batch)
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        assert_close(loss_and_gradients(model, sharded), expected)
 
 
 def test_model_works_in_flax_linen(tiny_config, make_batch):
