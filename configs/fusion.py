@@ -45,6 +45,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from mister_jax.errors import InputError
+from mister_jax.losses import LossWeights
 from mister_jax.models import MisterEConfig
 from mister_jax.optim import OptimizerConfig
 from mister_jax.tasks.config import config_from_dataclass
@@ -60,7 +61,7 @@ def _released(config: ConfigDict) -> None:
     config.data.batch_size = 8
     config.data.standardize = "none"
     config.loss.gamma = 3.0
-    config.loss.weights = ConfigDict({"contrastive": 2.0, "agreement": 0.1})
+    config.loss.weights = config_from_dataclass(LossWeights)
 
 
 def _only(expert: str):
@@ -240,7 +241,7 @@ def get_config(argument: str = "synthetic_features") -> ConfigDict:
             # Also allowed: "balanced", "effective_number", or one number per class: "1,2,0.5".
             "class_weights": "none",
             "logit_adjustment": 0.0,
-            "weights": {"contrastive": 0.0, "agreement": 0.0, "gate": 0.0, "score": 0.0},
+            "weights": config_from_dataclass(LossWeights, contrastive=0.0, agreement=0.0),
         }
     )
     config.optimizer = config_from_dataclass(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mister_jax.config_checks import invalid_field
 from mister_jax.models import EXPERTS, MisterEOutput
 
 
@@ -370,6 +372,9 @@ class LossWeights:
       agreement: Weight of `expert_agreement`.
       gate: Weight of `gate_responsibility`.
       score: Weight of `score_error`; needs a model that predicts scores.
+
+    Raises:
+      ValueError: A weight is negative or not finite.
     """
 
     mixture: float = 1.0
@@ -380,6 +385,11 @@ class LossWeights:
     agreement: float = 0.1
     gate: float = 0.0
     score: float = 0.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if not 0 <= getattr(self, field.name) < math.inf:  # also rejects NaN
+                raise invalid_field(self, field.name, "finite numbers of at least 0")
 
 
 def score_error(
@@ -415,6 +425,12 @@ def score_error(
     return _divide_by_global_count(sums, counts, axis_name).sum()
 
 
+def _check_shape(name: str, values: jax.Array | None, shape: tuple[int, ...]) -> None:
+    """Raises ValueError if an array does not have the shape; None passes."""
+    if values is not None and values.shape != shape:
+        raise ValueError(f"{name} has shape {values.shape}; allowed: {shape}, as in the output")
+
+
 def mister_e(
     output: MisterEOutput,
     labels: jax.Array,
@@ -445,7 +461,8 @@ def mister_e(
 
     Args:
       output: Output of `MisterE`.
-      labels: Class of each utterance, [B, T] int, -1 if unlabeled.
+      labels: Class of each utterance, [B, T] int. Utterances whose label is not in 0..C-1, such as
+        -1, are unlabeled.
       mask: Valid utterances, [B, T] bool. Utterances with neither a label nor ratings count only in
         `score_error`.
       weights: Weights of the losses, as Python numbers; by default, those of the released code.
@@ -469,13 +486,26 @@ def mister_e(
       float32. Losses with weight 0 and losses without the experts or scores they need are left out.
 
     Raises:
-      ValueError: `gamma` or `sharpness` is negative.
+      ValueError: An array has the wrong shape, or another argument has a value that is not allowed.
     """
     if min(gamma, sharpness) < 0:
         raise ValueError(f"{gamma=}, {sharpness=}; allowed: 0 or more")
+    if not temperature > 0:
+        raise ValueError(f"{temperature=}; allowed: positive numbers")
+    if isinstance(experts, str) or not set(experts) <= set(EXPERTS):
+        raise ValueError(f"{experts=}; allowed: a tuple of {', '.join(EXPERTS)}")
     weights = LossWeights() if weights is None else weights
+    if not isinstance(weights, LossWeights):
+        raise ValueError(f"weights={weights!r}; allowed: LossWeights")
+    shape, num_classes = output.logits.shape[:2], output.logits.shape[-1]
+    _check_shape("labels", labels, shape)
+    _check_shape("mask", mask, shape)
+    _check_shape("scores", scores, shape)
+    _check_shape("ratings", ratings, (*shape, num_classes))
+    mask = mask.astype(bool)
+    has_label = mask & (labels >= 0) & (labels < num_classes)
     target = None if ratings is None else rating_targets(labels, ratings)  # B T C
-    labeled = mask & ((labels >= 0) if target is None else (target.sum(-1) > 0))
+    labeled = has_label if target is None else mask & (target.sum(-1) > 0)
     # The losses share the log-probabilities of the mixture and the experts, [B, T, 1 + E, C].
     logits = jnp.concatenate([output.logits[:, :, None], output.expert_logits], axis=2)
     logits = jnp.where(labeled[..., None, None], logits, 0)
@@ -509,7 +539,7 @@ def mister_e(
         parts["contrastive"] = supervised_contrastive(
             jnp.stack([output.speech_repr, output.text_repr]),
             jnp.stack([labels, labels]),
-            (labels >= 0) & mask & jnp.stack([output.speech_present, output.text_present]),
+            has_label & jnp.stack([output.speech_present, output.text_present]),
             temperature=temperature,
             axis_name=axis_name,
         )

@@ -1,5 +1,6 @@
 """Every config and variant describes a model that can be created."""
 
+import dataclasses
 import importlib
 import pathlib
 
@@ -15,7 +16,7 @@ from mister_jax.models.utterance import UtteranceConfig
 from mister_jax.optim import OptimizerConfig
 from mister_jax.parallel.partitioning import ParallelConfig
 from mister_jax.tasks.config import dataclass_from_config
-from mister_jax.tasks.fusion import FusionTask
+from mister_jax.tasks.fusion import FusionTask, LossConfig
 from mister_jax.training.progress import TrainConfig
 
 FILES = sorted(
@@ -65,6 +66,13 @@ def test_the_default_loss_is_the_cross_entropy_of_the_mixture_and_the_experts():
     with_all = fusion.get_config("any,focal,contrastive,agreement").loss
     assert with_all.gamma == 1
     assert (with_all.weights.contrastive, with_all.weights.agreement) == (0.2, 0.02)
+
+
+def test_flags_can_set_every_field_of_the_loss():
+    for variants in ("any", "any,paper"):
+        loss = fusion.get_config(variants).loss
+        assert set(loss) == {field.name for field in dataclasses.fields(LossConfig)}
+        assert set(loss.weights) == {field.name for field in dataclasses.fields(LossWeights)}
 
 
 def test_variants_combine():

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mister_jax import MisterE, MisterEOutput, losses
-from mister_jax.tasks.fusion import mister_e_loss
+from mister_jax.tasks.fusion import LossConfig, mister_e_loss
 
 NUM_CLASSES, FUSION_DIM, NUM_EXPERTS = 4, 5, 3
 TINY = 1e-300
@@ -395,6 +395,8 @@ def test_total_is_the_weighted_sum_with_the_released_weights(training):
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     assert all(part > 0 for part in parts.values())
     assert dataclasses.replace(WEIGHTS, gate=0.0) == losses.LossWeights()
+    # Every other weight has a loss. The model predicts no scores.
+    assert parts.keys() | {"score"} == {field.name for field in dataclasses.fields(WEIGHTS)}
 
 
 @pytest.mark.parametrize(
@@ -403,7 +405,7 @@ def test_total_is_the_weighted_sum_with_the_released_weights(training):
         ("contrastive", "gate"),
         ("agreement", "speech"),
         ("mixture",),
-        [field.name for field in dataclasses.fields(WEIGHTS) if field.name != "score"],
+        [name for name, weight in dataclasses.asdict(WEIGHTS).items() if weight],
     ],
     ids=" ".join,
 )
@@ -425,10 +427,69 @@ def test_gate_loss_trains_the_gate_and_through_its_input_the_experts(training):
         assert any(np.abs(leaf).max() > 1e-5 for leaf in leaves), module
 
 
-def test_unlabeled_utterances_count_in_no_part_of_the_loss(training):
+def test_unlabeled_utterances_count_in_no_part_of_the_loss(training, tiny_config):
     params, batch, loss, _ = training
-    _, parts = jax.jit(loss)(params, batch | {"label": np.full_like(batch["label"], -1)})
-    assert not any(parts.values())
+    loss = jax.jit(loss)
+    for label in (-1, tiny_config.num_classes):
+        _, parts = loss(params, batch | {"label": np.full_like(batch["label"], label)})
+        assert not any(parts.values())
+    last = batch["label"] == tiny_config.num_classes - 1
+    assert last.any()
+    totals = [
+        loss(params, batch | {"label": np.where(last, label, batch["label"])})[0]
+        for label in (-1, tiny_config.num_classes)
+    ]
+    assert totals[0] == totals[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": np.zeros((8, 5, 4))}, r"^labels has shape \(8, 5, 4\); allowed: \(8, 5\)"),
+        ({"mask": np.ones((8, 4), bool)}, r"^mask has shape \(8, 4\); allowed: \(8, 5\)"),
+        ({"ratings": np.zeros((8, 5))}, r"^ratings has shape \(8, 5\); allowed: \(8, 5, "),
+        ({"scores": np.zeros(8)}, r"^scores has shape \(8,\); allowed: \(8, 5\)"),
+        ({"experts": ("speach",)}, r"experts=\('speach',\); allowed: a tuple of speech, text, fus"),
+        ({"experts": "speech"}, "experts='speech'; allowed: a tuple of speech"),
+        ({"temperature": 0.0}, "temperature=0.0; allowed: positive"),
+        ({"gamma": -1.0}, "gamma=-1.0, .*; allowed: 0 or more"),
+        ({"weights": {"gate": 1.0}}, "weights={'gate': 1.0}; allowed: LossWeights"),
+    ],
+)
+def test_wrong_arguments_raise_an_error_that_names_the_argument(make_batch, changes, message):
+    batch = make_batch((5, 1, 4, 2, 5, 3, 1, 2))
+    positions = batch["mask"].shape
+    fields = {field.name: None for field in dataclasses.fields(MisterEOutput)}
+    output = MisterEOutput(**{**fields, "logits": np.zeros((*positions, NUM_CLASSES))})
+    arguments = {"labels": batch["label"], "mask": batch["mask"], **changes}
+    with pytest.raises(ValueError, match=message):
+        losses.mister_e(output, **arguments)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_weights_are_finite_and_not_negative(weight):
+    with pytest.raises(ValueError, match=f"LossWeights.gate={weight}; allowed: finite numbers of"):
+        losses.LossWeights(gate=weight)
+
+
+def test_every_hyperparameter_changes_the_training_loss(make_batch, tiny_config):
+    changes = {"target": "ratings", "gamma": 1.0, "temperature": 0.5, "sharpness": 2.0}
+    # `FusionTask` computes class weights and logit adjustment from the counts of the classes.
+    others = {"class_weights", "logit_adjustment", "weights"}
+    assert changes.keys() | others == {field.name for field in dataclasses.fields(LossConfig)}
+    config = dataclasses.replace(tiny_config, kernel_sizes=(), fusion_layers=0)
+    model = MisterE(config, rngs=nnx.Rngs(0))
+    batch = make_batch((5, 1, 4))
+    batch["ratings"] = np.random.default_rng(0).random((*batch["mask"].shape, config.num_classes))
+    compute = nnx.jit(mister_e_loss, static_argnames=("axis_name", "config"))
+
+    def total(**changes):
+        loss_config = LossConfig(weights=WEIGHTS, **changes)
+        return float(compute(model, batch, jax.random.key(0), config=loss_config)[0])
+
+    default = total()
+    for name, value in changes.items():
+        assert total(**{name: value}) != pytest.approx(default, rel=1e-4), name
 
 
 @pytest.fixture(scope="module")

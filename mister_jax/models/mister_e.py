@@ -89,8 +89,8 @@ class MisterE(nnx.Module):
 
     def __call__(
         self,
-        speech: jax.Array,
-        text: jax.Array,
+        speech: jax.Array | None,
+        text: jax.Array | None,
         mask: jax.Array,
         *,
         speech_present: jax.Array | None = None,
@@ -104,7 +104,9 @@ class MisterE(nnx.Module):
 
         Args:
           speech: Speech vectors, [B, T, D]; ignored outside the mask and where speech is missing.
-          text: Text vectors, [B, T, D]; ignored outside the mask and where text is missing.
+            None if all utterances lack speech.
+          text: Text vectors, [B, T, D]; ignored outside the mask and where text is missing. None if
+            all utterances lack text.
           mask: Valid utterances, [B, T] bool.
           speech_present: Utterances with speech, [B, T] bool; all by default.
           text_present: Utterances with text, [B, T] bool; all by default.
@@ -116,14 +118,16 @@ class MisterE(nnx.Module):
           Logits of the mixture, and the experts' logits, gate weights and contexts.
 
         Raises:
-          ValueError: The shapes do not match each other or the config.
+          ValueError: The shapes do not match each other or the config, or both modalities are None.
         """
+        if speech is None and text is None:
+            raise ValueError("speech and text are None; needed: the vectors of at least one")
         self._check_shapes(speech, text, mask, speech_present, text_present)
         if isinstance(rngs, jax.Array):
             rngs = PerExampleRngs(rngs)
         mask = mask.astype(bool)
-        speech_present = mask if speech_present is None else mask & speech_present
-        text_present = mask if text_present is None else mask & text_present
+        speech, speech_present = _fill(speech, speech_present, mask, self.config.speech_dim)
+        text, text_present = _fill(text, text_present, mask, self.config.text_dim)
         options: dict[str, Any] = {"deterministic": deterministic, "rngs": rngs}
         if not deterministic and self.config.modality_dropout:
             speech_present, text_present = drop_modalities(
@@ -317,6 +321,16 @@ class MisterE(nnx.Module):
                     f"{name} has shape {value.shape}; allowed: {shape}, from the mask's shape and "
                     "the config"
                 )
+
+
+def _fill(
+    vectors: jax.Array | None, present: jax.Array | None, mask: jax.Array, dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the vectors and presence flags of a modality, with defaults for None."""
+    if vectors is None:
+        zeros = jnp.zeros_like(mask, jnp.float32)[..., None]
+        return jnp.broadcast_to(zeros, (*mask.shape, dim)), jnp.zeros_like(mask)
+    return vectors, mask if present is None else mask & present.astype(bool)
 
 
 def _create_parts(config: MisterEConfig, rngs: nnx.Rngs) -> nnx.Dict:

@@ -171,6 +171,21 @@ def test_vectors_of_a_missing_modality_are_not_read(tiny_config, make_batch):
         assert_close(loss_and_gradients(model, with_garbage(dialogue, np.nan)), expected)
 
 
+@pytest.mark.parametrize("missing", ["speech", "text"])
+def test_a_modality_that_is_none_is_missing_everywhere(tiny_config, make_batch, missing):
+    model = nnx.jit(make_model(tiny_config, **SHALLOW))
+    batch = make_batch((LENGTH, 2))
+    vectors = {name: batch[name] for name in ("speech", "text")}
+    absent = {f"{missing}_present": np.zeros_like(batch["mask"])}
+    expected = model(**vectors, mask=batch["mask"], **absent)
+    assert_close(model(**(vectors | {missing: None}), mask=batch["mask"]), expected)
+    # Flags and masks can be integers.
+    absent = {name: flags.astype(int) for name, flags in absent.items()}
+    assert_close(model(**vectors, mask=batch["mask"].astype(int), **absent), expected)
+    with pytest.raises(ValueError, match="speech and text are None; needed: the vectors of at"):
+        model(None, None, batch["mask"])
+
+
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_missing_experts_have_no_weight_and_weights_sum_to_one(tiny_config, make_batch, mixture):
     dialogue, _ = dialogues(make_batch)
