@@ -120,6 +120,11 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
         values = read_json(path)
         fields = flatten(values)
         missing = [name for name in _REQUIRED_FIELDS if name not in fields]
+        if "model_type" in fields:
+            raise InputError(
+                f"{path}: an encoder in the Hugging Face layout; needed: a directory that "
+                "`mister-jax train` or `mister-jax export` has written"
+            )
         if missing:
             raise InputError(
                 f"{path}: {', '.join(missing)} missing; needed: the config that `mister-jax train` "

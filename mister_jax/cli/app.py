@@ -16,6 +16,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from mister_jax.errors import InputError, MissingExtraError
+from mister_jax.io import flatten
 
 STOPPED_BY_SIGTERM = 128 + 15
 """Exit status of a command that SIGTERM has stopped early, following the shell convention."""
@@ -136,11 +137,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 def _resolve_packaged_configs(arguments: list[str]) -> list[str]:
     """Replaces a packaged config's name, such as fusion in --config=fusion:meld, with its path."""
-    # In some subcommands, the flag --config does not name packaged configs.
-    is_config_file = "config" in flags.FLAGS and (
-        type(flags.FLAGS["config"]).__module__.startswith("ml_collections")
-    )
-    if not is_config_file:
+    if not _has_config_file_flag():
         return arguments
     resolved: list[str] = []
     for argument in arguments:
@@ -153,6 +150,13 @@ def _resolve_packaged_configs(arguments: list[str]) -> list[str]:
             argument = f"{prefix}{_packaged_config_path(name)}{rest}"
         resolved.append(argument)
     return resolved
+
+
+def _has_config_file_flag() -> bool:
+    """Returns whether --config is a config file. Other subcommands use this flag differently."""
+    return "config" in flags.FLAGS and (
+        type(flags.FLAGS["config"]).__module__.startswith("ml_collections")
+    )
 
 
 def _packaged_config_path(name: str) -> pathlib.Path:
@@ -200,8 +204,13 @@ def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
         path = next((it for it in arguments if it.lstrip("-").startswith("config=")), "--config")
         return f"{path}: the file defines no function get_config, which returns the ConfigDict"
     override = _find_override(message, arguments)
-    if override and isinstance(chain[-1], KeyError) and "Did you mean" not in message:
-        message = f"no such field{_allowed_fields(override, arguments)}"
+    if override and isinstance(chain[-1], KeyError):
+        similar = re.search(r'Did you mean "(.*?)"', message)
+        hint = f"; did you mean {similar.group(1)}?" if similar else ""
+        message = f"no such field{hint or _allowed_fields(override, arguments)}"
+    unknown_flag = re.match(r"Unknown command line flag '(\w+)'", message)
+    if unknown_flag:
+        message += _field_with_name(unknown_flag.group(1), arguments)
     return f"{override}: {message}" if override else message
 
 
@@ -221,9 +230,27 @@ def _find_override(message: str, arguments: list[str]) -> str:
 
 def _allowed_fields(override: str, arguments: list[str]) -> str:
     """Lists the fields of the config section in which an override sets an unknown field."""
-    from ml_collections import ConfigDict, config_flags
+    from ml_collections import ConfigDict
 
     flag, *path = override.lstrip("-").split(".")
+    section = _load_config(flag, arguments)
+    for name in path[:-1]:
+        section = section and section.get(name)
+    return f"; allowed: {', '.join(section)}" if isinstance(section, ConfigDict) else ""
+
+
+def _field_with_name(name: str, arguments: list[str]) -> str:
+    """Returns a hint at the config field with the name of an unknown flag, such as data_dir."""
+    config = _load_config("config", arguments) if _has_config_file_flag() else None
+    fields = flatten(config.to_dict()) if config else {}
+    paths = [path for path in fields if path.rpartition(".")[2] == name]
+    return f". Did you mean: --config.{paths[0]}" if len(paths) == 1 else ""
+
+
+def _load_config(flag: str, arguments: list[str]) -> Any:
+    """Loads the config file of a flag, without the overrides of its fields; None without a file."""
+    from ml_collections import config_flags
+
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(flag, flag_values=values)
     original_argv = sys.argv
@@ -232,7 +259,4 @@ def _allowed_fields(override: str, arguments: list[str]) -> str:
         values(sys.argv)
     finally:
         sys.argv = original_argv
-    section = values[flag].value
-    for name in path[:-1]:
-        section = section and section.get(name)
-    return f"; allowed: {', '.join(section)}" if isinstance(section, ConfigDict) else ""
+    return values[flag].value

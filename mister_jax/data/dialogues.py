@@ -67,7 +67,8 @@ class DialogueDataset:
         fields = utterance_fields(self._builder)
         if "audio" not in fields:
             raise InputError(
-                f"{self.directory}: contains no recordings; needed: a dialogue dataset"
+                f"{self.directory}: a dataset of features; needed: a dataset of dialogues that "
+                "`mister-jax prepare` has written"
             )
         self.class_names: tuple[str, ...] = tuple(fields["label"].names)
         self.scored = "score" in fields

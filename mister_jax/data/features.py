@@ -101,8 +101,8 @@ def load_features(
     fields = utterance_fields(builder)
     if "speech" not in fields or "text" not in fields:
         raise InputError(
-            f"{builder.data_dir}: not a dataset of features; it contains "
-            f"{', '.join(builder.info.features)}"
+            f"{builder.data_dir}: a dataset without features; needed: a dataset that "
+            "`mister-jax extract` or `mister-jax prepare --corpus=features` has written"
         )
     dialogues = list(read_split(builder, split))
     utterances = [dialogue["utterances"] for dialogue in dialogues]

@@ -58,18 +58,20 @@ class EncoderConfig:
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a folder's config.json.
 
-    For wav2vec 2.0, HuBERT and WavLM, the result also contains `do_normalize` from the feature
-    extractor's file. This field says whether the encoder expects normalized waveforms.
+    If the folder has a feature extractor for waveforms, as for wav2vec 2.0, HuBERT and WavLM, the
+    result also contains `do_normalize` from the feature extractor's file. This field says whether
+    the encoder expects normalized waveforms.
 
     Raises:
       InputError: The config.json is missing, or a file is damaged.
     """
     folder = pathlib.Path(folder)
     config = _read_json(folder / CONFIG_FILE)
-    if config.get("model_type") in ("wav2vec2", "hubert", "wavlm"):
-        extractor = _read_feature_extractor(folder)
-        if extractor is not None:
-            config["do_normalize"] = extractor.get("do_normalize", True)
+    extractor = _read_feature_extractor(folder)
+    # Old files do not contain the type.
+    waveform_types = (None, "Wav2Vec2FeatureExtractor")
+    if extractor is not None and extractor.get("feature_extractor_type") in waveform_types:
+        config["do_normalize"] = extractor.get("do_normalize", True)
     return config
 
 

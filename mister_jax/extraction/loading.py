@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import pathlib
@@ -11,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from mister_jax.encoders import hub, registry
+from mister_jax.encoders.hub import MINILM
 from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
 from mister_jax.extraction.encoder import Encoder, Input
@@ -91,6 +93,9 @@ def load_encoder(name: str, **options: Any) -> Encoder:
     elif any(options.get(part) for part in _SALMONN_PARTS):
         kind = "speech"  # SALMONN's checkpoint has no config.json, which `find_modality` reads.
     else:
+        similar = difflib.get_close_matches(name, (PROSODY, MINILM), cutoff=0.8)
+        if similar and name not in similar and not pathlib.Path(name).exists():
+            raise InputError(f"{name}: no such encoder; did you mean {similar[0]}?")
         kind = registry.find_modality(name)
     allowed = list(inspect.signature(_CONSTRUCTORS[kind]).parameters)[1:]  # without `name`
     if "param_dtype" in allowed:

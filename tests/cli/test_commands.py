@@ -93,8 +93,9 @@ WRONG_USES = {
             " --evaluate=test"
         ): "no split 'test'; allowed: train, validation",
         "--config=configs/fusion.py:x --workdri=DIR": "'workdri'. Did you mean: workdir",
+        "--config=fusion:x --data_dir=DIR": "'data_dir'. Did you mean: --config.data.data_dir",
         "--config=configs/fusion.py:x --config.data.batchsize=8": (
-            "error: --config.data.batchsize: 'batchsize' Did you mean \"batch_size\" instead"
+            "error: --config.data.batchsize: no such field; did you mean batch_size?"
         ),
         "--config=configs/fusion.py:x --config.model.wide=3 --workdir=DIR/new": (
             "--config.model.wide: no such field; allowed: attention_dim, attention_dropout, "

@@ -196,7 +196,7 @@ CLIP = (np.random.default_rng(0).normal(size=(1, LENGTH)) * 0.1 + 0.03).astype(n
 IDS = np.array([[2, 5, 6, 7, 8, 9, 3], [2, 5, 6, 8, 3, 0, 0]])
 MASK = IDS != 0
 PROMPT = np.array([[3, 4, _PLACEHOLDER, 5, 6]])
-TEXT = ("bert", "roberta", "xlm-roberta", "distilbert", "llama", "qwen2")
+TEXT = [name for name, it in registry.ARCHITECTURES.items() if it.modality == "text"]
 
 
 def modeling(model_type):

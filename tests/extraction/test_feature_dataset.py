@@ -229,7 +229,7 @@ def flip_label(label, row):
         ("manifest/unheard", "new", "no dataset 'manifest/unheard'"),
         (SPEECH, "prosodic", "dataset exists; allowed: another --output, or --overwrite"),
         (SPEECH, "a/b", "--output=a/b; allowed: lower-case letters"),
-        ("prosodic", "new", "contains no recordings"),
+        ("prosodic", "new", "a dataset of features; needed: a dataset of dia"),
         ("manifest/silent", "new", "split train: no utterance has speech"),
     ],
 )
