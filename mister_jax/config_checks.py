@@ -35,10 +35,10 @@ def check_rates(config: Any, *fields: str) -> None:
             raise invalid_field(config, field, "0 <= rate < 1")
 
 
-def check_choice(config: Any, field: str, choices: Iterable[str]) -> None:
+def check_choice(config: Any, field: str, choices: Iterable[str | None]) -> None:
     """Raises ValueError if the field's value is not one of the choices."""
     if getattr(config, field) not in choices:
-        raise invalid_field(config, field, ", ".join(choices))
+        raise invalid_field(config, field, ", ".join(map(str, choices)))
 
 
 def check_dtypes(config: Any) -> None:

@@ -61,8 +61,8 @@ class OptimizerConfig:
     def __post_init__(self):
         check_choice(self, "name", ("adam", "adamw"))
         check_choice(self, "schedule", get_args(ScheduleName))
-        check_at_least(self, 0, "weight_decay", "clip_norm")
-        check_rates(self, "warmup_fraction", "average_decay")
+        check_at_least(self, 0, "eps", "weight_decay", "clip_norm")
+        check_rates(self, "warmup_fraction", "average_decay", "b1", "b2")
         if not self.learning_rate > 0:  # also rejects NaN
             raise invalid_field(self, "learning_rate", "positive numbers")
         if self.weight_decay and self.name == "adam":

@@ -166,7 +166,7 @@ class Predictor:
         opened = bundle.read_bundle(self.folder) if bundle.is_bundle(self.folder) else None
         self.config = opened.config if opened else read_config(self.folder)
         if data_dir:
-            self.config.data.data_dir = data_dir
+            self.config.data.data_dir = str(data_dir)
         self.data_dir: str | None = self.config.data.data_dir or None
         description = opened.description if opened else read_model_description(self.folder)
         try:
@@ -219,8 +219,8 @@ class Predictor:
             restored = checkpoints.restore(BEST, like)
         if restored is None:
             raise InputError(
-                f"{self.folder}: no best checkpoint yet; wait until training has saved its first "
-                "checkpoint"
+                f"{self.folder}: no best checkpoint; wait until training has saved one, or train "
+                "again in another work directory if it was deleted"
             )
         return restored
 

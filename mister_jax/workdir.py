@@ -7,10 +7,13 @@ directory. Evaluation, prediction and export read them. `checkpoint` writes the 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
+import os
+import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +24,11 @@ from mister_jax.console import parameter_table
 from mister_jax.errors import InputError
 from mister_jax.io import flatten, read_json, write_json, write_text
 from mister_jax.moved_paths import find_moved, find_moved_encoder, location
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 4
 """Version of the work directory's format; increment it if config or parameter names change."""
@@ -181,6 +189,33 @@ def read_model_description(workdir: epath.PathLike) -> dict[str, Any]:
     return description
 
 
+@contextlib.contextmanager
+def lock(workdir: epath.PathLike) -> Iterator[None]:
+    """Creates a work directory, and keeps other processes from training in it at the same time.
+
+    The operating system releases the lock when the process ends. File systems without locks, such
+    as cloud storage, are not protected.
+
+    Raises:
+      InputError: Another process is training in the work directory.
+    """
+    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None and pathlib.Path(workdir).is_dir():
+            directory = os.open(workdir, os.O_RDONLY)
+            stack.callback(os.close, directory)
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"{workdir}: another process is training in this work directory; wait until it "
+                    "has ended, or use another workdir"
+                ) from error
+            except OSError:
+                pass  # Some network file systems cannot lock directories.
+        yield
+
+
 def check_config(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Checks that a config can resume the run in a work directory, if the directory has a run.
 
@@ -216,6 +251,13 @@ def read_planned_epochs(workdir: epath.PathLike) -> int | None:
     train_data = read_json(epath.Path(workdir) / _DATA).get("train", {})
     planned_epochs: int | None = train_data.get("planned_epochs")
     return planned_epochs
+
+
+def read_fingerprints(workdir: epath.PathLike) -> dict[str, str]:
+    """Returns the hash of each split's content when training started; {} if it is unknown."""
+    path = epath.Path(workdir) / _DATA
+    data = read_json(path) if path.exists() else {}
+    return {split: values["fingerprint"] for split, values in data.items()}
 
 
 def check_data(data: Mapping[str, Any], dataset: str, workdir: epath.PathLike) -> None:

@@ -19,10 +19,12 @@ import pytest
 from mister_jax import data
 from mister_jax.cli import app, cluster
 from mister_jax.cli.app import STOPPED_BY_SIGTERM
+from mister_jax.errors import InputError
 from mister_jax.evaluation.results import evaluate
 from mister_jax.extraction import PretrainedText, extract_features
 from mister_jax.predictor import Predictor
 from mister_jax.training.loop import train
+from mister_jax.training.runs import plan_run
 from tests.helpers.commands import SLOW_IMPORTS
 from tests.helpers.ports import free_port
 from tests.helpers.training import make_tiny_config, read_metric_records
@@ -81,6 +83,10 @@ def train_evaluate_extract(workdir, data_dir, spoken_dir, encoder_folder, proces
     evaluate(workdir, "test")
     encoder = PretrainedText(encoder_folder, max_tokens=16)
     extract_features(encoder, "manifest/spoken", "spoken_two", spoken_dir)
+    config = make_config(data_dir)
+    config.seed = process_id
+    with pytest.raises(InputError, match=r"config\.seed is 0 in process 0 and 1 in process 1"):
+        plan_run(config, workdir.with_name("other"))
     return status
 
 

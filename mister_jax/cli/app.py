@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import os
@@ -33,6 +34,13 @@ _CONVERSION_ERRORS = {
 }
 
 
+# Errors about paths that cannot be written.
+_UNWRITABLE = (
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+)
+
+
 def run(module: ModuleType) -> None:
     """Parses the command line and runs `main` in a subcommand's module.
 
@@ -62,10 +70,13 @@ def required_config(flag: flags.FlagHolder) -> Any:
             f"--{flag.name} is needed: a packaged config, such as fusion:mosi_features, or the "
             "path of a Python file"
         )
+    from mister_jax.tasks.config import check_sections
+
     try:
-        flag.value.to_dict()
+        getattr(flag.value, "to_dict", None)
     except OSError as error:  # Raised by ml_collections for a missing file.
         raise InputError(_missing_config(flag.name, str(error))) from error
+    check_sections(flag.value)
     return flag.value
 
 
@@ -93,7 +104,9 @@ def _run_main(module: ModuleType, arguments: list[str]) -> int:
         return module.main() or 0
     except (InputError, MissingExtraError) as error:
         message = str(error)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
         message = f"{error.filename}: {error.strerror}; choose a path that can be written"
     except (AssertionError, RuntimeError) as error:
         # An error raised in xla_bridge.py means that JAX could not initialize a platform in
@@ -130,7 +143,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (flags.Error, AttributeError, ValueError, TypeError, KeyError, OSError) as error:
+    except Exception as error:  # A config file can raise any type.
         print(f"error: {_describe_flag_error(error, arguments)}", file=sys.stderr)
         sys.exit(2)
 
@@ -185,11 +198,17 @@ def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     root_cause = chain[-1]
+    for link in chain[::-1]:
+        if location := _location_in_config(link, arguments):
+            return f"{location}: {type(link).__name__}: {' '.join(str(link).split())}"
     if not isinstance(root_cause, InputError):
         # ml_collections also wraps its error about an unknown field.
         root_cause = next((link for link in chain[::-1] if "Did you mean" in str(link)), error)
     reason = root_cause.args[0] if isinstance(root_cause, KeyError) else root_cause
-    message = " ".join(str(reason).partition("Traceback")[0].split()) or type(root_cause).__name__
+    before, _, python_traceback = str(reason).partition("Traceback")
+    message = " ".join(before.split()) or type(root_cause).__name__
+    if "Error whilst parsing config file" in message:
+        message += "".join(f" {line}" for line in python_traceback.strip().splitlines()[-1:])
     for python_message, allowed in _CONVERSION_ERRORS.items():
         before, is_found, _ = message.partition(python_message)
         if is_found:
@@ -212,6 +231,20 @@ def _describe_flag_error(error: BaseException, arguments: list[str]) -> str:
     if unknown_flag:
         message += _field_with_name(unknown_flag.group(1), arguments)
     return f"{override}: {message}" if override else message
+
+
+def _location_in_config(error: BaseException, arguments: list[str]) -> str:
+    """Returns the file and line of a user's config file that raised an error, or ""."""
+    if isinstance(error, InputError):
+        return ""
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        frames.append((error.filename or "", error.lineno))
+    for filename, line in reversed(frames):
+        path = os.path.relpath(filename)
+        if any(path in argument or filename in argument for argument in arguments):
+            return f"{path}: line {line}"
+    return ""
 
 
 def _missing_config(flag: str, message: str) -> str:

@@ -155,6 +155,10 @@ def _process_from_flags() -> Process | None:
             f"{_JOB_FLAG_NAMES}: {', '.join(values)}; allowed: HOST:PORT and two integers"
         )
     process = Process(host, int(port), int(values[1]), int(values[2]))
+    if not 0 < process.port < 2**16:
+        raise InputError(f"--coordinator={values[0]}; allowed: ports from 1 to {2**16 - 1}")
+    if not process.num_processes:
+        raise InputError("--num_processes=0; allowed: at least 1")
     if process.process_id >= process.num_processes:
         raise InputError(
             f"--process_id={process.process_id}; allowed: 0 to {process.num_processes - 1}, less "

@@ -32,7 +32,7 @@ from mister_jax.evaluation.split_predictions import SplitPredictions
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
 from mister_jax.predictor import Predictions, Predictor, prediction_rows
 from mister_jax.tasks.fusion import FusionTask
-from mister_jax.workdir import read_config
+from mister_jax.workdir import read_config, read_fingerprints
 
 
 def evaluate(
@@ -95,6 +95,10 @@ def evaluate(
     output = epath.Path(workdir if output is None else output)
     train_dataset = read_config(workdir).data.name
     key = split if features.name == train_dataset else f"{features.name}/{split}"
+    if key == split and not adapt_features and _has_changed(workdir, split, features):
+        logging.warning(
+            "dataset %s: the split %s has changed since the training", features.name, split
+        )
     metrics_path, predictions_path = output / "metrics.json", output / "predictions.jsonl"
     metrics_by_split = read_json(metrics_path) if metrics_path.exists() else {}
     other_rows = [
@@ -158,6 +162,12 @@ def evaluate(
     return scores
 
 
+def _has_changed(workdir: epath.PathLike, split: str, features: DialogueFeatures) -> bool:
+    """Returns whether a split has changed since the training. Training does not read all splits."""
+    stored = read_fingerprints(workdir).get(split)
+    return stored is not None and stored != features.fingerprint()
+
+
 def _fit_calibration(
     predictor: Predictor,
     validation: Sequence[Predictions] | None,
@@ -188,6 +198,12 @@ def _fit_calibration(
             "not trained on it"
         )
     try:
+        features = predictor.task.features(CALIBRATION_SPLIT)
+        if _has_changed(predictor.folder, CALIBRATION_SPLIT, features):
+            raise InputError(
+                f"dataset {features.name}: the split {CALIBRATION_SPLIT} has changed since the "
+                "training; needed: the original data"
+            )
         fit_on_validation(predictor, validation, with_bias=kind == "bias", quiet=quiet)
     except (InputError, OSError) as error:
         if kind is not None:

@@ -31,10 +31,11 @@ from mister_jax.metrics import SCORE_NAMES, title
 from mister_jax.models import MisterE, MisterEConfig
 from mister_jax.nn.rngs import make_rngs
 from mister_jax.optim import OptimizerConfig
-from mister_jax.parallel.partitioning import ParallelConfig
+from mister_jax.parallel.partitioning import ParallelConfig, make_partitioner
 from mister_jax.tasks.config import config_seeds, dataclass_from_config
 from mister_jax.tasks.fusion import FusionTask
 from mister_jax.training.progress import TrainConfig
+from mister_jax.training.runs import load_task
 
 FILES = ("sweep.json", "sweep.csv", "sweep.png")
 """Files that `run_sweep` writes."""
@@ -56,8 +57,8 @@ _FIXED = (
     "data.fold_splits",
     "data.validate_on_train",
 )
-# Fields whose allowed values depend on the dataset.
-_CHECKED_WITH_DATA = ("data.standardize", "loss.class_weights")
+# Sections and fields whose allowed values depend on the dataset or on the devices.
+_CHECKED_WITH_DATA = ("data.", "parallel.", "train.", "loss.class_weights", "loss.target")
 # Fields that are validated only when the model is built, not by `MisterEConfig`.
 _CHECKED_BY_MODEL = ("model.kernel_sizes",)
 _MAX_NAME = 150
@@ -283,15 +284,20 @@ def _check_config(config: ConfigDict) -> None:
 
 
 def _check_values(config: ConfigDict, axes: Sequence[Axis]) -> None:
-    """Checks that the dataset exists, and checks values that depend on the data or the model."""
+    """Checks that the dataset exists, and that each value of an axis can be trained."""
     FusionTask.from_data(config)
     for axis in axes:
         for value in axis.values:
             changed = ConfigDict(config.to_dict())
             _set_field(changed, axis.field, value)
             try:
-                if axis.field in _CHECKED_WITH_DATA:
-                    FusionTask.from_data(changed)
+                if axis.field.startswith(_CHECKED_WITH_DATA):
+                    task = load_task(changed)
+                    task.split("train", num_shards=1, shuffle=True)
+                    parallel = dataclass_from_config(
+                        ParallelConfig, changed.parallel, "config.parallel"
+                    )
+                    make_partitioner(parallel, task.sharding_rules)
                 elif axis.field in _CHECKED_BY_MODEL:
                     nnx.eval_shape(functools.partial(_make_model, changed))
             except (ValueError, TypeError) as error:

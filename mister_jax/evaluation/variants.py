@@ -23,8 +23,8 @@ from mister_jax.io import read_json, write_json
 from mister_jax.metrics import SCORE_NAMES
 from mister_jax.tasks.config import config_seeds
 from mister_jax.training.loop import train, train_group
-from mister_jax.training.runs import RunGroup, plan_groups
-from mister_jax.workdir import check_config
+from mister_jax.training.runs import RunGroup, plan_groups, plan_run
+from mister_jax.workdir import check_config, read_fingerprints
 
 Row = dict[str, Any]
 
@@ -111,6 +111,8 @@ class Study:
             for variant in self.variants
             if (not names or variant.name in names) and self._read_row(variant) is None
         ]
+        if pending:
+            self._check_data()
         started = time.perf_counter()
         completed = 0
         for variants, group in self._groups(pending):
@@ -127,6 +129,25 @@ class Study:
                 on_completed()
             completed += len(variants)
         return True
+
+    def _check_data(self) -> None:
+        """Checks that the data have not changed since variants were completed.
+
+        Scores on different data would not be comparable.
+        """
+        first_folders: dict[str, epath.Path] = {}
+        for variant in self.variants:
+            if self._read_row(variant) is None:
+                continue
+            folder = self.folder(variant)
+            first = first_folders.setdefault(variant.config.data.to_json(), folder)
+            if folder == first:
+                plan_run(variant.config, folder)  # compares the data with those of the training
+            elif read_fingerprints(folder) != read_fingerprints(first):
+                raise InputError(
+                    f"{folder}: trained on other data than {first}, so the scores cannot be "
+                    "compared; use another workdir"
+                )
 
     def _groups(
         self, pending: Sequence[Variant]

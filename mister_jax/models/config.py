@@ -123,6 +123,8 @@ class MisterEConfig:
         check_dtypes(self)
         if not self.gate_temperature > 0:  # also rejects NaN
             raise invalid_field(self, "gate_temperature", "positive numbers")
+        check_at_least(self, 0, "layer_norm_epsilon")
+        check_choice(self, "attention_implementation", (None, *get_args(Implementation)))
         check_choice(self, "mixture", get_args(Mixture))
         check_choice(self, "initialization", get_args(Initialization))
         enabled = set(self.experts)

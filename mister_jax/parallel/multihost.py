@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -34,6 +36,33 @@ def assert_visible_to_all_processes(path: epath.PathLike) -> None:
             f"{path}: not visible to process {int(visible.argmin())} of {len(visible)}; use a "
             "location that all processes share, such as gs://BUCKET/FOLDER or a network folder"
         )
+
+
+def assert_same_in_all_processes(values: Mapping[str, str]) -> None:
+    """Checks that all processes of a job have the same values; all must call this function.
+
+    Args:
+      values: Values by name.
+
+    Raises:
+      InputError: A value differs. All processes raise this error.
+    """
+    if jax.process_count() == 1:
+        return
+    data = np.frombuffer(json.dumps(values).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(data))).ravel()
+    padded = np.pad(data, (0, lengths.max() - len(data)))
+    rows = multihost_utils.process_allgather(padded)
+    first, *others = (
+        json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)
+    )
+    for process, other in enumerate(others, 1):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise InputError(
+                    f"{name} is {first.get(name)} in process 0 and {other.get(name)} in process "
+                    f"{process}; start all processes with the same flags and data"
+                )
 
 
 def should_stop(stop_event: threading.Event) -> bool:

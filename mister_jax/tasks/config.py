@@ -13,6 +13,15 @@ from mister_jax.errors import InputError
 Dataclass = TypeVar("Dataclass")
 
 
+_SECTIONS = ("data", "loss", "optimizer", "train", "parallel")
+_TOP_FIELDS = ("task", "seed", "num_seeds", "model", "encoder", "head")
+_DATA_FIELDS = (
+    *("name", "data_dir", "batch_size", "num_buckets", "standardize", "sampling", "seed"),
+    *("folds", "fold", "fold_seed", "fold_splits", "validate_on_train"),
+)
+_MAX_SEED = 2**31  # Seeds of NumPy and JAX also fit in 32 bits.
+
+
 def dataclass_from_config(
     cls: type[Dataclass], config: ConfigDict, where: str, **other_fields: Any
 ) -> Dataclass:
@@ -28,6 +37,9 @@ def dataclass_from_config(
       InputError: The section has an unknown field or a value that the dataclass rejects.
     """
     fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.default is None and fields.get(field.name) == "None":  # from the command line
+            fields[field.name] = None
     allowed = sorted({field.name for field in dataclasses.fields(cls)} - set(other_fields))  # type: ignore[arg-type]
     unknown = sorted(set(fields) - set(allowed))
     if unknown:
@@ -59,6 +71,33 @@ def config_from_dataclass(
     return config
 
 
+def check_sections(config: Any) -> None:
+    """Checks the names of an experiment's config sections, and of the fields in `config.data`.
+
+    The fields of the other sections are checked by `dataclass_from_config`.
+
+    Raises:
+      InputError: A section or a field is unknown, or a required section is missing.
+    """
+    if not isinstance(config, ConfigDict):
+        raise InputError(
+            f"config: a {type(config).__name__}; needed: an ml_collections.ConfigDict, which the "
+            "file's get_config returns"
+        )
+    missing = [name for name in ("task", *_SECTIONS) if name not in config]
+    if missing:
+        raise InputError(f"config: {', '.join(missing)} missing; needed in every experiment")
+    for where, section, allowed in (
+        ("config", config, (*_TOP_FIELDS, *_SECTIONS)),
+        ("config.data", config.data, _DATA_FIELDS),
+    ):
+        unknown = [name for name in section if name not in allowed]
+        if unknown:
+            raise InputError(
+                f"{where}: unknown {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}"
+            )
+
+
 def config_seeds(config: ConfigDict) -> tuple[int, ...]:
     """Returns the seeds that a run trains together.
 
@@ -68,11 +107,14 @@ def config_seeds(config: ConfigDict) -> tuple[int, ...]:
     `config.data.seed` gives the same parameters up to rounding.
 
     Raises:
-      InputError: The number of seeds is below 1, or above 1 for a task that supports only one.
+      InputError: The seed is out of range, or the number of seeds is below 1, or above 1 for a
+        task that supports only one.
     """
     count = config.get("num_seeds", 1)
     if count < 1:
         raise InputError(f"config.num_seeds={count}; allowed: 1 or more")
+    if not 0 <= config.seed <= _MAX_SEED - count:
+        raise InputError(f"config.seed={config.seed}; allowed: 0 to {_MAX_SEED - count}")
     if count > 1 and config.task != "fusion":
         raise InputError(
             f"config.num_seeds={count}; the task {config.task} supports only 1: train each seed in "

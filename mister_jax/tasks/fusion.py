@@ -157,10 +157,11 @@ class FusionTask:
                 "label, or a dataset with ratings"
             )
         self._num_seeds = config.get("num_seeds", 1)
-        if min(self._data.batch_size, self._data.get("num_buckets") or 1) < 1:
+        num_buckets = self._data.get("num_buckets")
+        if min(self._data.batch_size, 1 if num_buckets is None else num_buckets) < 1:
             raise InputError(
                 f"config.data: batch_size {self._data.batch_size}, num_buckets "
-                f"{self._data.num_buckets}; allowed: batch_size of at least 1, num_buckets of at "
+                f"{num_buckets}; allowed: batch_size of at least 1, num_buckets of at "
                 "least 1 or None"
             )
         if config.train.get("accumulation", 1) != 1:
@@ -175,6 +176,11 @@ class FusionTask:
         if config.data.get("fold") and not config.data.get("folds"):
             raise InputError(
                 f"config.data.fold={config.data.fold} needs config.data.folds, such as speaker:5"
+            )
+        if config.data.get("fold_splits") and not config.data.get("folds"):
+            raise InputError(
+                f"config.data.fold_splits={config.data.fold_splits} needs config.data.folds, such "
+                "as speaker:5"
             )
         if config.data.get("validate_on_train") and config.train.get("select_by") != "last":
             raise InputError(

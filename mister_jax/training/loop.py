@@ -55,10 +55,7 @@ from mister_jax.training.runs import (
 from mister_jax.training.steps import ModelTemplate, initial_state, make_eval_step, make_train_step
 from mister_jax.training.stop_signals import StopRequest, stop_on_signals
 from mister_jax.training.warm_start import InitialParams, copy_params
-from mister_jax.workdir import (
-    config_path,
-    write_description,
-)
+from mister_jax.workdir import config_path, lock, write_description
 
 # Seconds of training to measure before estimating the remaining time.
 _MEASURED_SECONDS = 5.0
@@ -163,6 +160,7 @@ def train_group(
         params = jax.eval_shape(template.to_tree, params)
         for plan in plans:
             if jax.process_index() == 0:
+                stack.enter_context(lock(plan.workdir))
                 write_description(
                     plan.workdir,
                     plan.config,

@@ -28,7 +28,9 @@ from mister_jax.data.batching import length_buckets
 from mister_jax.data.padding import PADDING
 from mister_jax.data.split_guard import training_splits_only
 from mister_jax.errors import InputError
+from mister_jax.io import flatten
 from mister_jax.optim import OptimizerConfig, optimizer_with_schedule
+from mister_jax.parallel.multihost import assert_same_in_all_processes
 from mister_jax.parallel.partitioning import (
     CompiledStep,
     EvalFn,
@@ -39,7 +41,7 @@ from mister_jax.parallel.partitioning import (
     psum_if_mapped,
 )
 from mister_jax.tasks.base import Split, Task
-from mister_jax.tasks.config import config_seeds, dataclass_from_config
+from mister_jax.tasks.config import check_sections, config_seeds, dataclass_from_config
 from mister_jax.tasks.registry import task_class
 from mister_jax.training.metric_writer import MetricWriter
 from mister_jax.training.progress import MAE, TrainConfig, TrainProgress
@@ -98,6 +100,18 @@ class RunPlan:
         return [set(split.example_batch(split.shapes[0])) for split in splits]
 
 
+def load_task(config: ConfigDict) -> Task:
+    """Creates the config's task for its dataset.
+
+    Raises:
+      InputError: The config or the dataset is invalid.
+    """
+    task = task_class(config).from_data(config)
+    if config.train.get("select_by") == MAE and not task.predicts_score:
+        raise InputError("config.train.select_by=mae needs config.model.predict_score=True")
+    return task
+
+
 def plan_run(config: ConfigDict, workdir: epath.PathLike) -> RunPlan:
     """Loads the data of a run, and checks its config and work directory.
 
@@ -105,15 +119,14 @@ def plan_run(config: ConfigDict, workdir: epath.PathLike) -> RunPlan:
       InputError: The config, dataset or work directory is invalid.
     """
     workdir = epath.Path(workdir)
+    check_sections(config)
     options = dataclass_from_config(TrainConfig, config.train, "config.train")
     parallel = dataclass_from_config(ParallelConfig, config.parallel, "config.parallel")
     optimizer = dataclass_from_config(OptimizerConfig, config.optimizer, "config.optimizer")
     check_config(config, workdir)
     seeds = config_seeds(config)
 
-    task = task_class(config).from_data(config)
-    if options.select_by == MAE and not task.predicts_score:
-        raise InputError("config.train.select_by=mae needs config.model.predict_score=True")
+    task = load_task(config)
     partitioner = make_partitioner(parallel, task.sharding_rules)
     num_shards = partitioner.num_shards
     planned_epochs = read_planned_epochs(workdir) or options.epochs
@@ -130,6 +143,10 @@ def plan_run(config: ConfigDict, workdir: epath.PathLike) -> RunPlan:
         "validation": {"fingerprint": validation_split.fingerprint()},
     }
     check_data(data_fingerprints, config.data.name, workdir)
+    # Otherwise, the processes would wait for each other forever, or train different models.
+    values = flatten({"workdir": workdir, "config": config.to_dict(), "data": data_fingerprints})
+    del values["config.data.data_dir"]  # Each machine may have its own copy of the dataset.
+    assert_same_in_all_processes({name: str(value) for name, value in values.items()})
     return RunPlan(
         config=config,
         workdir=workdir,

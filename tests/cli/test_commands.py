@@ -88,6 +88,10 @@ WRONG_USES = {
         ),
         "--config=configs/fusion.py:x,fast --workdir=DIR/run": "unknown variant 'fast'; allowed",
         "--config=DIR/empty.py --workdir=DIR/run": "empty.py: the file defines no function get_con",
+        "--config=DIR/error.py --workdir=DIR/run": "error.py: line 2: ValueError: wrong\n",
+        "--config=DIR/syntax.py --workdir=DIR/run": "syntax.py: line 1: SyntaxError: ",
+        "--config=DIR/dict.py --workdir=DIR/run": "config: a dict; needed: an ml_collections.Conf",
+        "--config=demo:x": "TypeError: get_config() takes 0 positional arguments but 1 was given",
         (
             "--config=configs/fusion.py:no_test --config.data.data_dir=DIR/data --workdir=DIR/run"
             " --evaluate=test"
@@ -226,6 +230,9 @@ def folder(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "dir.csv").mkdir()
     (folder / "empty.py").write_text("")
+    (folder / "error.py").write_text("def get_config():\n    raise ValueError('wrong')\n")
+    (folder / "syntax.py").write_text("def get_config()\n")
+    (folder / "dict.py").write_text("def get_config():\n    return {'a': 1}\n")
     (folder / "encoder").mkdir()
     (folder / "encoder" / "config.json").write_text(text_encoder.get_config().to_json_best_effort())
     write_untrained_workdir(folder / "ready", folder / "data", "x")

@@ -1,11 +1,12 @@
 """Tests which variants the ablation study runs, and the tables it writes."""
 
 import csv
+import dataclasses
 import io
 
 import pytest
 
-from mister_jax import multi_seed
+from mister_jax import data, multi_seed
 from mister_jax.errors import InputError
 from mister_jax.evaluation import variants as study_of_variants
 from mister_jax.evaluation.ablation import (
@@ -68,6 +69,24 @@ def test_completed_variants_are_not_run_again(variants, trained_variants, tmp_pa
     changed[0].config.seed = 5
     with pytest.raises(InputError, match=r"another config \(seed 0 -> 5\)"):
         run_ablation(changed, tmp_path, quiet=True)
+
+
+def test_variants_are_not_trained_on_other_data_than_completed_variants(
+    variants, trained_variants, tiny_data_dir, tmp_path
+):
+    run_ablation(variants, tmp_path / "study", names=["text_only"], quiet=True)
+    splits = {
+        name: data.load_features("tiny", name, tiny_data_dir)
+        for name in ("train", "validation", "test")
+    }
+    splits["train"] = dataclasses.replace(splits["train"], text=2 * splits["train"].text)
+    data.write_features(splits, "tiny", tmp_path / "data")
+    other = [Variant(v.name, v.change, v.config.copy_and_resolve_references()) for v in variants]
+    for variant in other:
+        variant.config.data.data_dir = str(tmp_path / "data")
+    with pytest.raises(InputError, match="text_only: dataset tiny has changed since the workdir"):
+        run_ablation(other, tmp_path / "study", quiet=True)
+    assert trained_variants == ["text_only"]
 
 
 def test_sigterm_stops_the_study(variants, tmp_path, monkeypatch):

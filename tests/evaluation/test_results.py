@@ -250,6 +250,26 @@ def test_calibration_is_applied_to_predictions_and_can_be_switched_off(run):
     np.testing.assert_array_equal(read_probabilities(run), before)
 
 
+def test_changed_validation_data_give_a_warning_and_no_calibration(
+    run, tiny_data_dir, tmp_path, caplog
+):
+    splits = {
+        name: data.load_features("tiny", name, tiny_data_dir)
+        for name in ("train", "validation", "test")
+    }
+    splits["validation"] = dataclasses.replace(splits["test"], split="validation")
+    data.write_features(splits, "tiny", tmp_path)
+    for split, has_changed in (("test", False), ("validation", True)):
+        caplog.clear()
+        evaluate(run, split, data_dir=tmp_path, output=tmp_path, quiet=True)
+        warning = "dataset tiny: the split validation has changed since the training\n"
+        assert (warning in caplog.text) == has_changed
+        assert "calibration.json is not written: dataset tiny: the split val" in caplog.text
+    assert not (run / CALIBRATION_FILE).exists()
+    with pytest.raises(InputError, match="the split validation has changed since the training"):
+        evaluate(run, "test", data_dir=tmp_path, fit_calibration="bias", quiet=True)
+
+
 def test_a_calibration_that_makes_a_split_worse_is_reported(run, caplog):
     evaluate(run, "validation", quiet=True)
     assert "makes the probabilities worse" not in caplog.text

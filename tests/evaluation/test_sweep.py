@@ -181,6 +181,10 @@ def test_invalid_grids_give_one_line_errors(config, text, message):
         ),
         (["model.kernel_sizes=(1),(2)"], r"--grid=model.kernel_sizes: value \(2\): kernel_sizes="),
         (["loss.class_weights=none,(1,2)"], "loss.class_weights: value 1,2: "),
+        (["loss.target=label,ratings"], "loss.target: value ratings: .*has no ratings"),
+        (["data.sampling=shuffle,foo"], "data.sampling: value foo: "),
+        (["parallel.model_parallelism=1,3"], "model_parallelism: value 3: .*divisors of 8"),
+        (["train.select_by=mae"], "select_by: value mae: .*needs config.model.predict_score"),
         (["optimizer.b1=0.5,0.9", "optimizer.b1=0.1"], "optimizer.b1: used twice"),
     ],
 )

@@ -164,6 +164,16 @@ def test_a_diverging_training_stops_and_keeps_the_last_good_state(
             "num_seeds=2; the task text_encoder supports only 1",
         ),
         ({"data.seed": -1}, "data.seed=-1"),
+        ({"seed": 2**31}, "config.seed=2147483648; allowed: 0 to"),
+        ({"data.batchsize": 4}, "config.data: unknown batchsize; allowed: batch_size, data_dir, "),
+        ({"modle": 4}, "config: unknown modle; allowed: data, encoder, head, loss"),
+        ({"data.num_buckets": 0}, "num_buckets 0; allowed"),
+        ({"data.fold_splits": "train"}, "fold_splits=train needs config.data.folds"),
+        ({"optimizer.b1": 2.0}, "b1=2.0; allowed: 0 <= rate < 1"),
+        ({"optimizer.eps": -1.0}, "eps=-1.0; allowed: at least 0"),
+        ({"model.layer_norm_epsilon": -1.0}, "layer_norm_epsilon=-1.0; allowed: at least 0"),
+        ({"model.attention_implementation": "x"}, "implementation='x'; allowed: None, xla, cudnn"),
+        ({"loss.weights.gate": -1.0}, "LossWeights.gate=-1.0; allowed: finite numbers of at least"),
     ],
 )
 def test_an_unusable_config_is_refused(tiny_data_dir, tmp_path, changes, message):
@@ -171,6 +181,19 @@ def test_an_unusable_config_is_refused(tiny_data_dir, tmp_path, changes, message
         train(make_tiny_config(tiny_data_dir, **changes), tmp_path / "run", quiet=True)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_trainings_in_one_workdir_are_refused(tiny_data_dir, tmp_path):
+    config = make_tiny_config(tiny_data_dir)
+
+    def train_again(_step):
+        with pytest.raises(InputError, match="another process is training in this work directory"):
+            train(config, tmp_path, quiet=True)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, quiet=True, on_step=train_again)
+    assert train(config, tmp_path, quiet=True).finished
 
 
 @pytest.mark.parametrize(
