@@ -1,7 +1,19 @@
 #!/usr/bin/env bash
 # Runs all steps from recordings to predictions on a synthetic corpus, for which the best possible
-# scores are known. Writes to the folder $1 (default: workdir/demo). Run it again to resume an
-# interrupted demo.
+# scores are known. Writes to FOLDER (default: workdir/demo). Run it again to resume an interrupted
+# demo.
+#
+#   launch/demo.sh [FOLDER]
+case "${1:-}" in
+  --help)
+    sed -n '2,/^case/{/^case/!s/^# \{0,1\}//p;}' "$0"
+    exit
+    ;;
+  -*)
+    echo "error: unknown option $1; see --help" >&2
+    exit 2
+    ;;
+esac
 folder="${1:-workdir/demo}"
 # shellcheck source=launch/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" train

@@ -7,6 +7,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras="${1:-}"
 python="${PYTHON:-python3}"
+if ! command -v "$python" >/dev/null; then
+  echo "error: $python not found; set PYTHON to Python 3.11 or later" >&2
+  exit 2
+fi
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "error: $python is $("$python" --version); set PYTHON to Python 3.11 or later" >&2
   exit 2

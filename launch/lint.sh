@@ -1,5 +1,18 @@
 #!/usr/bin/env bash
 # Checks lint, format, spelling, types, shell scripts and docs. With --fix, fixes what ruff can fix.
+#
+#   launch/lint.sh [--fix]
+case "${1:-}" in
+  "" | --fix) ;;
+  --help)
+    sed -n '2,/^case/{/^case/!s/^# \{0,1\}//p;}' "$0"
+    exit
+    ;;
+  *)
+    echo "error: unknown argument $1; see --help" >&2
+    exit 2
+    ;;
+esac
 # shellcheck source=launch/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh" test
 

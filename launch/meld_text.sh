@@ -9,8 +9,20 @@
 # weighted F1 on validation is exported to WORK/meld-text. Run the script again to resume.
 set -euo pipefail
 
+usage() {
+  sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0"
+}
+
+if [ "${1:-}" = "--help" ]; then
+  usage
+  exit
+fi
 if [ $# -lt 2 ]; then
-  sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0" >&2
+  usage >&2
+  exit 2
+fi
+if ! command -v mister-jax >/dev/null; then
+  echo "error: mister-jax is not installed, or its virtual environment is not active" >&2
   exit 2
 fi
 source_folder=$1
@@ -41,7 +53,8 @@ done
 
 best=$(
   for seed in "${seeds[@]}"; do
-    python - "$work/run_$seed/metrics.json" "$seed" <<'PYTHON'
+    # In $(...), set -e does not apply.
+    python - "$work/run_$seed/metrics.json" "$seed" <<'PYTHON' || exit
 import json
 import pathlib
 import sys

@@ -1,6 +1,12 @@
 #!/usr/bin/env bash
 # Installs the project into .venv and runs lint and tests. With --parity, also runs the tests that
 # compare with PyTorch or compile for TPUs. Passes all other arguments to pytest.
+#
+#   launch/test.sh [--parity] [PYTEST_ARGUMENT...]
+if [ "${1:-}" = "--help" ]; then
+  sed -n '2,/^if/{/^if/!s/^# \{0,1\}//p;}' "$0"
+  exit
+fi
 extras="test"
 arguments=()
 for argument in "$@"; do

@@ -39,7 +39,7 @@ fail() {
 }
 
 usage() {
-  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' launch/tpu_vm.sh
   echo "
 Options:
   --project=ID           Google Cloud project (default: the project configured in gcloud)
@@ -78,6 +78,17 @@ if (($#)); then
 elif ! "$delete"; then
   fail "no command; pass it after --, see --help"
 fi
+[[ "$max_restarts" =~ ^[0-9]+$ ]] || fail "--max_restarts must be a whole number, not $max_restarts"
+[[ "$poll" =~ ^[0-9]+$ ]] || fail "--poll must be a whole number of seconds, not $poll"
+if ! "$dry_run"; then
+  command -v gcloud >/dev/null ||
+    fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
+  if (($#)); then
+    command -v git >/dev/null || fail "git is not installed"
+    reason="$(git rev-parse --git-dir 2>&1)" ||
+      fail "git cannot list the files of the repository: ${reason%%$'\n'*}"
+  fi
+fi
 
 place=(--zone="$zone")
 [ -z "$project" ] || place+=(--project="$project")
@@ -107,14 +118,14 @@ dry_status=""
 
 state() {
   run gcloud compute tpus queued-resources list "${place[@]}" \
-    --filter="name~(^|/)$name\$" --format="value(state.state)"
+    --filter="name~(^|/)$name\$" --format="value(state.state)" || return
   if "$dry_run"; then echo "$dry_state"; fi
 }
 
 create() {
   run gcloud compute tpus queued-resources create "$name" --node-id="$name" "${place[@]}" \
     --accelerator-type="$accelerator" --runtime-version="$runtime" \
-    ${create_flags[@]+"${create_flags[@]}"}
+    ${create_flags[@]+"${create_flags[@]}"} || return
   dry_state=ACTIVE
 }
 
@@ -122,18 +133,23 @@ delete() {
   run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
 }
 
-# Runs a task of tpu_worker.sh on worker $1, a number or "all".
-on_workers() {
-  local workers="$1" command
-  shift
-  command="bash mister_jax/launch/tpu_worker.sh$(printf ' %q' "$@")"
-  run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --quiet --worker="$workers" \
-    --command="$command"
+# Runs a shell command on worker $1, a number or "all".
+ssh_workers() {
+  run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --quiet --worker="$1" --command="$2"
 }
 
-# Prints the command's exit status on worker 0, "running", or nothing without a command.
+# Runs a task of tpu_worker.sh on worker $1, a number or "all".
+on_workers() {
+  local workers="$1"
+  shift
+  ssh_workers "$workers" "bash mister_jax/launch/tpu_worker.sh$(printf ' %q' "$@")"
+}
+
+# Prints the command's exit status on worker 0, "running", or nothing without a command. Fails if
+# the worker cannot be reached, but not if tpu_worker.sh is not installed there yet.
 status() {
-  on_workers 0 status 2>/dev/null | tail -n 1
+  ssh_workers 0 "bash mister_jax/launch/tpu_worker.sh status 2>/dev/null || true" |
+    tail -n 1 || return
   if "$dry_run"; then echo "$dry_status"; fi
 }
 
@@ -143,10 +159,24 @@ count_restart() {
   log "$1; restart $restarts of $max_restarts"
 }
 
+# The first request for the state must succeed, because it usually fails for good: no account, or a
+# wrong zone. Later failures are retried.
+state_retries=5
+state_was_read=false
+
 wait_until_active() {
-  local current previous=""
+  local current previous="" failures=0
   while true; do
-    current="$(state)" || fail "$name: gcloud cannot read the state of the queued resource"
+    if ! current="$(state)"; then
+      if ! "$state_was_read" || ((++failures > state_retries)); then
+        fail "$name: gcloud cannot read the state of the queued resource"
+      fi
+      log "$name: gcloud cannot read the state; retry $failures of $state_retries in $poll s"
+      run sleep "$poll"
+      continue
+    fi
+    state_was_read=true
+    failures=0
     [ "$current" = "$previous" ] || log "$name: ${current:-does not exist}"
     previous="$current"
     case "$current" in
@@ -157,8 +187,8 @@ wait_until_active() {
         delete || fail "$name: gcloud cannot delete the queued resource"
         count_restart "$name: the request failed" || fail "$name: the request failed"
         ;;
-      *) run sleep "$poll" ;;
     esac
+    run sleep "$poll"
   done
 }
 
@@ -168,8 +198,7 @@ install() {
     tar -czf "$0" -T -' "$archive" &&
     run gcloud compute tpus tpu-vm scp "$archive" "$name":mister_jax.tar.gz "${place[@]}" --quiet \
       --worker=all &&
-    run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --quiet --worker=all \
-      --command="mkdir -p mister_jax && tar -xzf mister_jax.tar.gz -C mister_jax" &&
+    ssh_workers all "mkdir -p mister_jax && tar -xzf mister_jax.tar.gz -C mister_jax" &&
     on_workers all install "$python"
 }
 
@@ -178,17 +207,23 @@ supervise() {
   local result
   while true; do
     wait_until_active
-    if [ "$(status)" != running ]; then
+    if ! result="$(status)"; then
+      # A command that is already running on the workers must not be stopped.
+      log "worker 0 cannot be reached"
+      run sleep "$poll"
+      continue
+    fi
+    if [ "$result" != running ]; then
       log "installing and starting the command on all workers"
       if ! { install && on_workers all stop && on_workers all start "$@"; }; then
-        log "a worker cannot be reached"
+        log "a worker cannot be reached, or its installation failed; trying again"
         run sleep "$poll"
         continue
       fi
     fi
     on_workers 0 follow || true
     dry_status=0
-    result="$(status)"
+    result="$(status)" || result=""
     case "$result" in
       0 | 2) return "$result" ;;
       "" | running) # The connection broke, or the slice was preempted.

@@ -9,6 +9,11 @@
 #   tpu_worker.sh stop                     sends SIGTERM, and SIGKILL a minute later
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ "${1:-}" = "--help" ]; then
+  sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' launch/tpu_worker.sh
+  exit
+fi
 mkdir -p .run
 process="$(cat .run/process 2>/dev/null || true)"
 
@@ -48,16 +53,20 @@ case "$task" in
     fi
     ;;
   follow)
+    if [ -z "$process" ]; then
+      echo "error: no command was started" >&2
+      exit 2
+    fi
     tail --lines=+1 --follow --pid="$process" .run/log
     ;;
   stop)
     if running; then
-      kill -TERM -- "-$process"
+      kill -TERM -- "-$process" 2>/dev/null || exit 0 # The command has just ended.
       for ((second = 0; second < 60; second++)); do
         running || exit 0
         sleep 1
       done
-      kill -KILL -- "-$process"
+      kill -KILL -- "-$process" 2>/dev/null || true
     fi
     ;;
   *)

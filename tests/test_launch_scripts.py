@@ -15,18 +15,21 @@ import yaml
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 
 # This script logs its arguments, then prints the next answer from the file for this kind of call.
-# Under the name `srun`, the script exits with the answer as its status instead.
+# Under the name `srun`, the script exits with the answer as its status instead. Under the name
+# `git`, it lists one file.
 FAKE_COMMAND = r"""#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$FAKE/calls"
 case "$*" in
   *queued-resources\ list*) answers=states ;;
   *tpu_worker.sh\ status*) answers=statuses ;;
+  ls-files*) printf 'setup.cfg\0'; exit ;;
   *) answers="of_$(basename "$0")" ;;
 esac
 [ -s "$FAKE/$answers" ] || exit 0
 answer="$(head -n 1 "$FAKE/$answers")"
 sed -i 1d "$FAKE/$answers"
 [ "$answers" != of_srun ] || exit "$answer"
+[ "$answer" != fail ] || { echo "fake failure" >&2; exit 1; }
 [ "$answer" = - ] || echo "$answer"
 """
 
@@ -35,12 +38,12 @@ sed -i 1d "$FAKE/$answers"
 def fake_commands(tmp_path):
     """Returns a function that writes fake commands and their answers to a folder.
 
-    For the answer "-", a fake command prints nothing.
+    For the answer "-", a fake command prints nothing. For "fail", it fails.
     """
     folder = tmp_path / "fake"
     folder.mkdir()
 
-    def make(commands=("gcloud",), **answers):
+    def make(commands=("gcloud", "git"), **answers):
         for name in commands:
             (folder / name).write_text(FAKE_COMMAND)
             (folder / name).chmod(0o755)
@@ -51,7 +54,7 @@ def fake_commands(tmp_path):
     return make
 
 
-def run(script, *arguments, folder, **environment):
+def run(script, *arguments, folder, cwd=None, **environment):
     """Runs a script with the fake commands; returns its result and the calls of the commands."""
     path = f"{folder}:{os.environ['PATH']}"
     result = subprocess.run(
@@ -59,7 +62,8 @@ def run(script, *arguments, folder, **environment):
         env={**os.environ, "PATH": path, "FAKE": str(folder), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=30,
+        cwd=cwd,
     )
     calls = folder / "calls"
     return result, calls.read_text().splitlines() if calls.exists() else []
@@ -114,6 +118,49 @@ def test_preempted_slice_is_created_again_and_the_command_restarts(fake_commands
     assert starts[0] == starts[1] and "gs://my\\ bucket/run" in starts[0]
 
 
+def test_failure_to_read_the_state_is_retried_during_a_wait(fake_commands):
+    states = ["WAITING_FOR_RESOURCES", "fail", "fail", "WAITING_FOR_RESOURCES", "fail", "ACTIVE"]
+    result, calls = run_tpu_vm(fake_commands(states=states, statuses=["running", "0"]))
+    assert result.returncode == 0, result.stderr
+    assert actions(calls) == ["follow"]
+    assert result.stderr.count("retry 1 of 5") == 2 and "retry 2 of 5" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("states", "reads"), [(["fail", "ACTIVE"], 1), (["PROVISIONING", *["fail"] * 9], 7)]
+)
+def test_state_that_cannot_be_read_is_an_error(fake_commands, states, reads):
+    result, calls = run_tpu_vm(fake_commands(states=states))
+    assert result.returncode == 2
+    error = "error: mister: gcloud cannot read the state of the queued resource"
+    assert result.stderr.splitlines()[-1] == error
+    assert sum("queued-resources list" in call for call in calls) == reads
+    assert not actions(calls)
+
+
+def test_the_state_is_read_at_most_once_per_poll(fake_commands):
+    # The slice is still absent after it was created, and still suspended after it was deleted.
+    folder = fake_commands(
+        ("gcloud", "git", "sleep"),
+        states=["-", "-", "SUSPENDED", "SUSPENDED", "FAILED", "fail", "ACTIVE", "ACTIVE"],
+        statuses=["fail", "running", "0"],
+    )
+    result, calls = run_tpu_vm(folder, "--poll=7")
+    assert result.returncode == 0, result.stderr
+    assert actions(calls) == ["create"] * 2 + ["delete"] * 3 + ["follow"]
+    assert calls.count("sleep 7") == 7  # after six states and the failed status
+
+
+def test_command_on_an_unreachable_worker_is_not_stopped(fake_commands):
+    folder = fake_commands(
+        states=["ACTIVE"] * 5, statuses=["fail", "running", "fail", "running", "0"]
+    )
+    result, calls = run_tpu_vm(folder)
+    assert result.returncode == 0, result.stderr
+    assert actions(calls) == ["follow"] * 2
+    assert "worker 0 cannot be reached" in result.stderr
+
+
 def test_running_command_is_followed_and_not_restarted(fake_commands):
     result, calls = run_tpu_vm(fake_commands(states=["ACTIVE"], statuses=["running", "0"]))
     assert result.returncode == 0, result.stderr
@@ -151,12 +198,85 @@ def test_delete_needs_no_command(fake_commands):
         (SLICE, "no command"),
         ((*SLICE, "--", "python"), "--accelerator and --runtime are required"),
         ((*SLICE, "--sopt", "--", "python"), "unknown option --sopt"),
+        ((*CREATE, "--poll=1m", "--", "python"), "--poll must be a whole number of seconds"),
+        ((*CREATE, "--max_restarts=x", "--", "python"), "--max_restarts must be a whole number"),
     ],
 )
 def test_invalid_arguments_exit_with_a_one_line_error(fake_commands, arguments, message):
     result, calls = run(LAUNCH / "tpu_vm.sh", *arguments, folder=fake_commands())
     assert (result.returncode, calls) == (2, [])
     assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def only_tools(folder, *names):
+    """Returns a PATH with these programs, the fake commands and nothing else."""
+    for name in ("bash", "dirname", *names):
+        (folder / name).symlink_to(shutil.which(name))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "commands", "message"),
+    [
+        ("tpu_vm.sh", (*CREATE, "--", "python"), (), "gcloud is not installed"),
+        ("tpu_vm.sh", (*SLICE, "--delete"), (), "gcloud is not installed"),
+        ("tpu_vm.sh", (*CREATE, "--", "python"), ("gcloud",), "git is not installed"),
+        ("meld_text.sh", ("CSV", "WORK"), (), "mister-jax is not installed"),
+        ("demo.sh", (), (), "python3 not found; set PYTHON"),
+    ],
+)
+def test_missing_tools_are_one_line_errors(fake_commands, script, arguments, commands, message):
+    folder = fake_commands(commands)
+    result, calls = run(LAUNCH / script, *arguments, folder=folder, PATH=only_tools(folder))
+    assert (result.returncode, calls) == (2, [])
+    assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_dry_run_needs_no_tools(fake_commands):
+    folder = fake_commands(())
+    path = only_tools(folder, "tail", "date", "rm")
+    command = (*CREATE, "--dry-run", "--", "python")
+    result, _ = run(LAUNCH / "tpu_vm.sh", *command, folder=folder, PATH=path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_folder_without_git_is_an_error(fake_commands, tmp_path):
+    (tmp_path / "launch").mkdir()
+    script = shutil.copy(LAUNCH / "tpu_vm.sh", tmp_path / "launch")
+    folder = fake_commands(("gcloud",))
+    git = {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent), "LC_ALL": "C"}
+    result, calls = run(script, *CREATE, "--", "python", folder=folder, **git)
+    assert (result.returncode, calls) == (2, [])
+    assert "not a git repository" in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("demo.sh", "launch/demo.sh [FOLDER]"),
+        ("lint.sh", "launch/lint.sh [--fix]"),
+        ("meld_text.sh", "launch/meld_text.sh CSV_FOLDER WORK [SEED...]"),
+        ("slurm.sbatch", "sbatch --nodes=2"),
+        ("test.sh", "launch/test.sh [--parity]"),
+        ("tpu_vm.sh", "--max_restarts=10"),
+        ("tpu_worker.sh", "tpu_worker.sh start COMMAND..."),
+    ],
+)
+def test_help_prints_the_usage(fake_commands, script, words):
+    folder = fake_commands(())
+    path = only_tools(folder, "sed")
+    result, _ = run(script, "--help", folder=folder, cwd=LAUNCH, PATH=path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert words in result.stdout
+    assert "#" not in result.stdout and "set -e" not in result.stdout
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "lint.sh"])
+def test_unknown_options_are_one_line_errors(fake_commands, script):
+    folder = fake_commands(())
+    result, _ = run(LAUNCH / script, "--fxi", folder=folder, PATH=only_tools(folder))
+    assert result.returncode == 2
+    assert "--fxi; see --help" in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.fixture
@@ -224,11 +344,28 @@ def test_slurm_requeues_what_may_still_succeed(fake_commands, tmp_path, status, 
     [((), "8", "no command"), (COMMAND, "4", "8 tasks and 4 GPUs per node")],
 )
 def test_slurm_refuses_a_job_that_cannot_work(fake_commands, command, gpus, message):
-    slurm = {"SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": gpus}
+    slurm = {
+        "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
+        "SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": gpus,
+    }  # fmt: skip
     folder = fake_commands(("srun",))
     result, calls = run(LAUNCH / "slurm.sbatch", *command, folder=folder, **slurm)
     assert (result.returncode, calls) == (2, [])
     assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_slurm_script_outside_a_job_or_the_repository_is_an_error(fake_commands, tmp_path):
+    folder = fake_commands(("srun",))
+    outside, _ = run(LAUNCH / "slurm.sbatch", *COMMAND, folder=folder, SLURM_JOB_ID="")
+    assert outside.returncode == 2
+    assert "sbatch [OPTION...] launch/slurm.sbatch" in outside.stderr
+    assert outside.stderr.count("\n") == 1
+    slurm = {"SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "77"}
+    elsewhere, calls = run(
+        LAUNCH / "slurm.sbatch", *COMMAND, folder=folder, SLURM_SUBMIT_DIR=str(tmp_path), **slurm
+    )
+    assert (elsewhere.returncode, calls) == (2, [])
+    assert f"not in {tmp_path}" in elsewhere.stderr and elsewhere.stderr.count("\n") == 1
 
 
 def test_gke_jobset_runs_the_command_on_every_host():
@@ -272,5 +409,8 @@ def test_the_seed_with_the_best_validation_score_becomes_meld_text(fake_commands
         calls[-1] == f"mister-jax export --model={work}/run_1 --output={work}/meld-text --overwrite"
     )
     assert sum(" train " in call for call in calls) == 6
+    (work / "run_0" / "metrics.json").unlink()
+    incomplete, calls = run(LAUNCH / "meld_text.sh", "CSV", str(work), folder=folder)
+    assert incomplete.returncode != 0 and " evaluate " in calls[-1]
     usage, _ = run(LAUNCH / "meld_text.sh", folder=folder)
     assert usage.returncode == 2 and "meld_text.sh CSV_FOLDER WORK [SEED...]" in usage.stderr
