@@ -59,8 +59,8 @@ def load_params(
       checkpoint: `Checkpoint`, or mapping from names to arrays.
       ignore: Regular expressions for additional tensors in the checkpoint that are allowed.
       prefix: Prefix of all the table's names in the checkpoint, such as "model.".
-      shardings: `jax.sharding.Sharding` for all parameters, or a tree of shardings like the pure
-        dictionary of the parameters, for example from `parallel.sharding.shardings`. By default,
+      shardings: `jax.sharding.Sharding` for all parameters, or a nested dictionary with a sharding
+        for each parameter, for example from `parallel.sharding.shardings`. By default,
         concrete parameters keep their shardings, and abstract parameters are placed on the first
         device.
       dtype: Dtype of the floating-point parameters; by default, they keep their dtypes.

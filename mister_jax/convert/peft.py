@@ -246,7 +246,7 @@ def _read_tensors(
 
 
 def _modules(table: KeyTable, prefix: str) -> dict[str, tuple[str, ...]]:
-    """Returns the PyTorch names of each linear layer by its path: one, or one per stacked layer."""
+    """Returns the PyTorch names of each linear layer by path; a stack has one name per layer."""
     return {
         path.removesuffix("/kernel"): tuple(
             prefix + name.removesuffix(".weight") for name in source.names

@@ -1,8 +1,8 @@
 """Adapts features to a model that was trained under other recording conditions.
 
 A telephone line, noise or another microphone shifts acoustic measurements such as prosody far from
-the measurements of the training recordings. Adaptation gives the new features the mean and standard
-deviation of the training features. It needs no labels.
+the measurements of the training recordings. Adaptation shifts and scales the new features toward
+the mean and standard deviation of the training features. It needs no labels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MIN_UTTERANCES = 20
 def adapt_features(
     features: DialogueFeatures, standardizers: Mapping[str, Standardizer]
 ) -> DialogueFeatures:
-    """Gives features the mean and standard deviation of the training features.
+    """Shifts and scales features toward the mean and standard deviation in training.
 
     If the frequencies of the emotions differ greatly from those in training, for example if all
     utterances are angry, adaptation also removes a part of the emotional information.

@@ -102,7 +102,8 @@ def decode(
         start: Start of the segment in seconds, as media players display times; by default 0.
         end: End of the segment in seconds; by default, the end of the recording. The samples of a
             segment equal the samples at the same time in the fully decoded recording, except for
-            the noise that AAC decoders synthesize.
+            the noise that AAC decoders synthesize. The scaling of loud samples and the choice of
+            the strongest channel may also differ, because they depend only on the segment.
         channel: "mix", "left", "right", or the index of a channel.
         max_seconds: Maximum number of seconds to keep.
 

@@ -19,7 +19,7 @@ SAMPLE_RATE = 16_000
 _CLIPPED_PEAK, MAX_PEAK = 10 ** (1 / 20), 100.0
 FULL_SCALE = 2**15
 
-BLOCK_SECONDS = 0.25  # minimum length of merged frames in seconds, except the last
+BLOCK_SECONDS = 0.25  # minimum length in seconds of all merged frames except the last
 
 
 def float_to_int16(samples: np.ndarray) -> tuple[np.ndarray, str]:

@@ -52,7 +52,8 @@ _DECODER_LEAD, _RESAMPLER_LEAD = 1.0, 0.1
 # Differences of up to this many seconds between a timestamp and the decoded duration are ignored as
 # rounding or drift. Matroska rounds to 1 ms, and packets of common codecs last 20 to 64 ms.
 _TIME_TOLERANCE = 0.05
-# Longer gaps, in seconds, are treated as a clock reset, as in concatenated recordings.
+# A timestamp that jumps by more than this many seconds indicates a clock reset, as in
+# concatenated recordings.
 _MAX_GAP = 3600.0
 # Distance between two segments, in seconds, above which seeking is faster than decoding.
 _MIN_SEEK_SECONDS = 10.0
@@ -78,10 +79,11 @@ class AudioReader:
         self._damage: dict[int, str] = {}
         self._gaps: set[tuple[int, int]] = set()
         self._clock_resets: list[str] = []
-        # Maps the index of each `_POWER_BIN` to sums of squares [C + 1]: one per channel, and one
-        # for the mean of the channels.
+        # Maps the index of each bin of `_POWER_BIN` seconds to sums of squares [C + 1]: one per
+        # channel, and one for the mean of the channels.
         self._powers: dict[int, np.ndarray] = {}
-        # Start of the latest frame or, after the last frame, its end, in samples at `SAMPLE_RATE`.
+        # Start of the latest frame, in samples at `SAMPLE_RATE`. After the last frame, this is the
+        # end of that frame.
         self._position = 0
         check_readable(self._source, self._name)
         self._header = wav.read_header(self._source)

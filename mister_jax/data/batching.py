@@ -31,8 +31,8 @@ _STEP_COMPILE_COST = 3e10
 def bucket_cost(num_params: int, epochs: int) -> float:
     """Returns how many positions per epoch another padded length must save to pay off.
 
-    Each padded length needs a compiled training step, which takes as long to compile as training
-    on this number of positions in every epoch.
+    Each padded length needs a compiled training step. Compiling the step takes as long as training
+    on the returned number of positions in every epoch.
 
     Args:
         num_params: Total number of parameters of all models that train together.
@@ -86,7 +86,7 @@ def length_buckets(
             reduce padding.
         batch_size: Maximum number of items in a batch; see `BatchPlan`.
         multiple_of: Divisor of the number of rows in a batch; see `BatchPlan`.
-        bucket_cost: Number of padded positions that each additional bucket must save.
+        bucket_cost: Number of positions that each additional bucket must save.
 
     Returns:
         The boundaries in ascending order; the last is the maximum length.
@@ -142,14 +142,14 @@ class BatchPlan:
         bucket_cost: Number of positions that each additional padded length must save per epoch.
         multiple_of: Divisor of the number of rows, usually the number of devices. It only adds
             empty rows.
-        fitted_to: Value of `multiple_of` for which the buckets are chosen: the number of devices in
-            evaluation; 1 in training, so that batches contain the same items on any number of
-            devices.
+        fitted_to: Value of `multiple_of` for which the buckets are chosen. Evaluation uses
+            `multiple_of` itself. Training uses the value for one device, so that batches contain
+            the same items on any number of devices.
         weights: Sampling weight of each item in shuffled epochs, [M], positive. From a bucket of n
             items, n items are drawn with replacement. By default, each item is in exactly one
             batch per epoch.
         compiled: Pairs of row count and padded length that need no compilation. The batches of a
-            bucket are filled up to such a pair if this adds at most `bucket_cost` positions.
+            bucket are padded to such a shape if this adds at most `bucket_cost` positions.
 
     Raises:
         ValueError: There are no lengths, or a length, `batch_size`, `num_buckets`, `multiple_of` or
@@ -307,10 +307,10 @@ def plan_budgeted_batches(
         padded_length = int(padded_lengths[start])
         num_rows = full_rows(padded_length)
         if start + num_rows > len(lengths):
-            # The remaining items do not fill a batch. If a batch of a compiled shape can hold all
-            # remaining items, and costs no more than a batch with fewer rows and its program, use
-            # the compiled shape. Otherwise, use fewer rows. The number of rows per device is then a
-            # power of 2, because such shapes are likely to recur.
+            # The remaining items do not fill a batch. Use a compiled shape if it can hold all
+            # remaining items, and costs no more than compiling and running a batch with fewer rows.
+            # Otherwise, use fewer rows: a power of 2 per device, because such shapes are likely to
+            # recur.
             num_items = int(np.sum(padded_lengths[start:] == padded_length))
             rows_per_shard = 1 << (_ceil_div(num_items, num_shards) - 1).bit_length()
             fewer_rows = min(num_rows, rows_per_shard * num_shards)

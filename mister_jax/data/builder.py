@@ -108,7 +108,7 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
 
     def _info(self) -> tfds.core.DatasetInfo:
         utterance = {
-            "utterance": tfds.features.Text(doc="Its id."),
+            "utterance": tfds.features.Text(doc="Id of the utterance."),
             "start": tfds.features.Scalar(np.float32, doc="Seconds into the dialogue, or NaN."),
             "end": tfds.features.Scalar(np.float32, doc="Seconds into the dialogue, or NaN."),
             "audio": tfds.features.Tensor(
@@ -131,7 +131,7 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
             description=self.DESCRIPTION,
             features=tfds.features.FeaturesDict(
                 {
-                    "dialogue": tfds.features.Text(doc="Its id."),
+                    "dialogue": tfds.features.Text(doc="Id of the dialogue."),
                     "utterances": tfds.features.Dataset(utterance),
                 }
             ),

@@ -126,7 +126,8 @@ def make_folds(features: DialogueFeatures, spec: str, seed: int = 0) -> Folds:
     Args:
         features: All splits of the dataset; see `load_pooled`.
         spec: See `Folds`.
-        seed: Seed of the order in which "COLUMN:K" assigns values with equally many utterances.
+        seed: Seed for breaking ties: "COLUMN:K" assigns values with equally many utterances in
+            random order.
 
     Raises:
         InputError: The specification is invalid, or the column has too few values.

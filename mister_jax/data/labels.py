@@ -20,7 +20,7 @@ EMOTION_SYNONYMS = {
     "sadness": ("sad",),
     "surprise": ("sur", "surprised"),
 }
-"""Maps this package's name of an emotion to the names that published models use for it."""
+"""Maps the standard name of each emotion to the other names that published models use."""
 
 _EMOTION_NAMES = {other: name for name, others in EMOTION_SYNONYMS.items() for other in others}
 

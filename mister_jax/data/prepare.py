@@ -51,7 +51,7 @@ class Manifest(DialogueBuilder):
 
 @dataclasses.dataclass(frozen=True)
 class PrepareOptions:
-    """Options of `prepare_corpus`. Manifest options also apply to "transcripts" and "folder".
+    """Options of `prepare_corpus`. Options of a manifest also apply to "transcripts" and "folder".
 
     Attributes:
         corpus: Name of the corpus: a key of `registry.CORPORA`, "manifest", "transcripts",

@@ -30,8 +30,8 @@ def training_splits_only() -> Iterator[None]:
 def all_splits_allowed() -> Iterator[None]:
     """Lifts `training_splits_only`.
 
-    This is for code that pools all splits and then makes new splits, and for code that only reads
-    the lengths of the dialogues to compile programs. This function can also be used as a decorator.
+    Use this function for code that pools all splits to make new splits, and for code that compiles
+    programs for the lengths of the dialogues. This function can also be used as a decorator.
     """
     token = _is_training.set(False)
     try:

@@ -167,7 +167,8 @@ def _assign(shares: np.ndarray, shuffled: np.ndarray, fractions: np.ndarray) -> 
     """Assigns components, largest first, to the splits that most lack the components' classes.
 
     Args:
-        shares: Fraction of each class's items that are in each component, [K, C].
+        shares: Each component's share of each class and, in the last column, of all dialogues,
+            [K, C + 1].
         shuffled: Random order of the components, [K] int.
         fractions: Fractions of the splits, which sum to 1.
 

@@ -90,9 +90,9 @@ def choose_standardizers(
 def why_standardize(vectors: np.ndarray) -> str:
     """Returns the reason to standardize vectors [N, D], or an empty string if there is none.
 
-    Vectors need standardization if the scales of their dimensions differ greatly, as in features
-    with physical units (Hz, decibels, fractions), or if the median scale is far from 1. Constant
-    dimensions are ignored.
+    Vectors need standardization if the standard deviations of their dimensions differ greatly, as
+    in features with physical units (Hz, decibels, fractions), or if the median root mean square of
+    the dimensions is far from 1. Constant dimensions are ignored.
     """
     vectors = vectors.astype(np.float64)
     vectors = vectors[:, ~_is_constant(vectors)] if len(vectors) else vectors[:, :0]

@@ -66,7 +66,7 @@ def open_builder(name: str, data_dir: epath.PathLike | None) -> "DatasetBuilder"
 
 
 def utterance_fields(builder: "DatasetBuilder") -> dict[str, Any]:
-    """Returns the TFDS feature of each field of an utterance; empty if there are no utterances."""
+    """Returns each utterance field's TFDS feature, or {} if the dataset has no `utterances`."""
     return getattr(dict(builder.info.features.items()).get("utterances"), "feature", {})
 
 

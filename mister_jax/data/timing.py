@@ -1,4 +1,4 @@
-"""Checks whether the times of an utterance fit its text and its recording."""
+"""Plausible speaking rates, and the tolerance for utterances that end after the recording."""
 
 import re
 

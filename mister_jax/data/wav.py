@@ -154,7 +154,8 @@ def pcm_blocks(
 
     Yields:
         Blocks [size, channels] int16 with full scale 2^15, or int32 with full scale 2^31 if a
-        sample occupies more than 16 bits in the file. The valid bits are the highest of these bits.
+        sample occupies more than 16 bits in the file. The valid bits are the highest bits of each
+        integer.
     """
     end = header.file_size
     if header.data_size is not None:

@@ -174,7 +174,7 @@ def _serve() -> None:
 
 
 def _skip_init_files() -> None:
-    """Makes the packages above this file importable without running their `__init__.py`."""
+    """Makes the packages that contain this file importable without their `__init__.py`."""
     folder = pathlib.Path(__file__).resolve().parent
     parent = types.ModuleType(folder.parent.name)
     package = types.ModuleType(f"{parent.__name__}.{folder.name}")

@@ -156,8 +156,8 @@ def compute_fbank(waveform: jax.Array, config: BeatsConfig) -> jax.Array:
 class GatedAttention(nnx.Module):
     """Attention with a relative position bias that is gated per query and head.
 
-    The gate depends on the projected query (arXiv 2212.09058). WavLM's gate depends on the layer's
-    input instead.
+    The gate depends on the projected query (arXiv 2212.09058). WavLM's gate instead depends on the
+    input of the attention.
     """
 
     def __init__(self, config: BeatsConfig, *, rngs: nnx.Rngs):

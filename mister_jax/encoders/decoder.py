@@ -287,7 +287,7 @@ class GroupedQueryAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, rotation: Rotation, **options: Any
     ) -> jax.Array:
-        """Transforms x, [B, N, D]; each query needs a key in the mask, [B, 1, N, N] bool."""
+        """Transforms x, [B, N, D]; the mask, [B, 1, N, N], must allow a key for every query."""
 
         def split_heads(projected: jax.Array) -> jax.Array:
             return projected.reshape(*x.shape[:2], -1, self.head_dim)

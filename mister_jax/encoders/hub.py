@@ -137,9 +137,10 @@ def download(name: str, patterns: tuple[str, ...]) -> pathlib.Path:
 
 
 def fingerprint(*paths: str | os.PathLike[str]) -> str:
-    """Returns a hash of the given files' contents and of the model files in the given folders.
+    """Returns a hash of the given files and of the model files in the given folders.
 
-    A copy of a model has the same fingerprint as the original; see `io.hash_file`.
+    The hash depends only on the names and contents of the files, so a copied folder has the same
+    fingerprint as the original; see `io.hash_file`.
     """
     files = [file for path in paths for file in _model_files(pathlib.Path(path))]
     hashes = [(file.name, hash_file(file)) for file in files]

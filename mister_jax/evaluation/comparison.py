@@ -1,9 +1,9 @@
 """Compares the stored predictions of runs on the same utterances.
 
 Differences between scores have paired confidence intervals: each resample draws the same dialogues
-for both runs; see `confidence_intervals`. McNemar's exact test compares how many utterances only
-the first or only the second run predicts correctly. Unlike the intervals, the test treats
-utterances as independent.
+for both runs; see `confidence_intervals`. McNemar's exact test compares two counts: the utterances
+that only the first run predicts correctly, and those that only the second run predicts correctly.
+Unlike the intervals, the test treats utterances as independent.
 """
 
 from __future__ import annotations
@@ -222,8 +222,8 @@ def compare_predictions(first: SplitPredictions, second: SplitPredictions) -> di
       - "scores": For each of `SCORE_NAMES`, the values of the "first" and the "second" run, and the
         "difference" (second minus first) with its interval.
       - "per_class": For each class, the same entries for the class's F1, and the "support".
-      - "utterances": Number of utterances that "both" runs, "only_first", "only_second" or
-        "neither" run predicts correctly.
+      - "utterances": Numbers of utterances that are predicted correctly by "both" runs, by one run
+        ("only_first", "only_second") or by "neither" run.
       - "mcnemar_p": p-value of McNemar's exact test.
       - "agreement": Share of utterances with equal predictions.
       - "dialogues": For each dialogue, its id ("dialogue"), its number of "utterances", and the
@@ -271,8 +271,8 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     """Returns the two-sided p-value of McNemar's exact test.
 
     Exactly one run is correct on n utterances. Under the null hypothesis, each run is equally
-    likely to be the correct one. For X ~ Binomial(n, 1/2) and the smaller count k, p is
-    2 P(X <= k), at most 1.
+    likely to be the correct one. With X ~ Binomial(n, 1/2) and k = min(only_first, only_second),
+    p is min(1, 2 P(X <= k)).
     """
     total = only_first + only_second
     coefficient = tail = 1

@@ -77,8 +77,9 @@ def missing_modality_study(
     """Scores a split with modalities missing at given rates.
 
     The rates in `drop_speech` and `drop_text` are paired in order. A single rate is paired with all
-    rates of the other modality. Writes `missing_modality.json` and `missing_modality.png`, or with
-    `as_zeros`, `missing_modality_as_zeros.json` and `missing_modality_as_zeros.png`.
+    rates of the other modality. The function writes `missing_modality.json` and
+    `missing_modality.png`, or with `as_zeros`, `missing_modality_as_zeros.json` and
+    `missing_modality_as_zeros.png`.
 
     Args:
       workdir: Work directory of a training run.
@@ -125,7 +126,7 @@ def missing_modality_study(
 def study_for_report(
     predictor: Predictor, features: Any, output: epath.Path, *, quiet: bool
 ) -> dict[str, Any] | None:
-    """Returns the study in `output` if it is of this checkpoint and these features, or a new study.
+    """Returns the study in `output` if it matches the checkpoint and features, or a new study.
 
     Returns None instead of a new study if the model is an encoder, or if the split lacks labels,
     speech or text.
@@ -230,7 +231,7 @@ def _study_identity(predictor: Predictor, features: Any) -> dict[str, Any]:
     return {
         "dataset": features.name,
         "split": features.split,
-        # Features that `adapt_features` has changed keep their name.
+        # Adapted features have the same dataset name and split, but another fingerprint.
         "fingerprint": features.fingerprint(),
         "checkpoint": predictor.progress,
         "confidence_level": LEVEL,

@@ -28,7 +28,8 @@ class SplitPredictions:
       label: True classes, [N] int, -1 for unlabeled utterances.
       predicted: Predicted classes, [N] int.
       probabilities: Class probabilities, [N, C].
-      experts: Names of the E experts; empty if the model has fewer than two experts.
+      experts: Names of the E experts that are present for at least one utterance; empty if there
+        are fewer than two.
       votes: Class that each expert predicts, [N, E] int; `NO_VOTE` if the utterance lacks
         the expert's modality.
       gate: Gate weights, [N, E]; None if the model does not learn them.

@@ -74,7 +74,8 @@ def write_model(
     Args:
       predictor: Predictor of a MiSTER-E model.
       folder: Folder to write. The folder's name is the model's name in the model card.
-      include_encoders: Whether to also copy these encoders, so that no download is needed.
+      include_encoders: Whether to also copy the encoders from the Hub and the package, so that
+        using the bundle requires no download.
 
     Raises:
       InputError: An encoder is missing or the folder cannot be written.
@@ -158,7 +159,7 @@ def _write_tuned_encoder(
     else:
         config = predictor.config.copy_and_resolve_references()
         options = config.encoder.options
-        # A fully fine-tuned encoder needs only the base model's other files, not its weights.
+        # A fully fine-tuned encoder needs all files of the base model except the weights.
         has_frozen = bool(jax.tree.leaves(predictor.params[0]["frozen"]))
         for part, path in {"name": options.name, **_parts(options)}.items():
             options[part] = _copy(
@@ -200,8 +201,9 @@ def export_encoder(
     """Writes the fine-tuned encoder of a training run, with its best parameters.
 
     The encoder is written without the head that predicts emotions; Whisper is also written without
-    a decoder. `transformers.AutoModel.from_pretrained` opens the folder. It contains `config.json`,
-    safetensors with the LoRA weights merged, and the files of the tokenizer or feature extractor.
+    a decoder. `transformers.AutoModel.from_pretrained` opens the folder, which contains
+    `config.json`, safetensors with the LoRA weights merged, and the files of the tokenizer or
+    feature extractor.
     With `adapter`, the folder instead contains a LoRA adapter. `peft.PeftModel.from_pretrained`
     adds this adapter to the base model, which `AutoModel` opens. The folder is written atomically.
 

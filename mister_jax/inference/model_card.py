@@ -53,7 +53,7 @@ def model_card(
       encoders: Encoder metadata by modality, for the modalities that the model uses.
       dataset: Name of the dataset that the model was trained on.
       num_params: Number of parameters, excluding the encoders.
-      progress: Epoch of the parameters and its validation scores, by name.
+      progress: Epoch of the parameters, and the validation scores of this epoch, by name.
       scores: Scores of each evaluated split, from the work directory's `metrics.json`.
     """
     pipeline_tag = _PIPELINE_TAGS.get(tuple(encoders))

@@ -43,7 +43,7 @@ def write_predictions(
     transcript: str | os.PathLike[str] | None = None,
     channels: Channel = MIX,
 ) -> None:
-    """Writes one row per utterance, atomically, in the format of the path's extension.
+    """Atomically writes predictions in the format that the path's extension selects.
 
     In a CSV file, each nested value has a separate column, such as `probabilities.anger`, and list
     items are joined with semicolons. The formats of `TIMELINE_FORMATS` show when the emotions
@@ -78,7 +78,7 @@ def write_predictions(
 def check_predictions_path(path: epath.PathLike) -> None:
     """Checks that predictions can be written to a path, whose folder need not exist yet.
 
-    Of a path in a bucket, only the extension is checked.
+    For a path in a bucket, only the extension is checked.
 
     Raises:
       InputError: The extension is not one of `FORMATS`, the path is a folder, or its parent folder
@@ -104,7 +104,7 @@ def check_predictions_path(path: epath.PathLike) -> None:
 
 
 def _extension(path: epath.PathLike) -> str:
-    """Returns the extension as spelled in `FORMATS`; Praat accepts .textgrid for .TextGrid."""
+    """Returns the extension; ".TextGrid" for all spellings that differ only in case."""
     suffix = epath.Path(path).suffix
     return ".TextGrid" if suffix.lower() == ".textgrid" else suffix
 

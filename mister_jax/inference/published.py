@@ -52,7 +52,7 @@ class PublishedModels:
     Attributes:
       class_names: Emotions that all models know.
       encoders: Encoder of each modality. The encoder's features are its label probabilities.
-      feature_dims: Number of labels of each modality, or 1 for a modality without a model.
+      feature_dims: Number of labels of each modality's model; 1 for a modality without a model.
 
     Raises:
       InputError: A model cannot be loaded or has the wrong modality, the weights or labels cannot

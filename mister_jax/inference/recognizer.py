@@ -337,7 +337,7 @@ class EmotionRecognizer(ModelHubMixin):
         min_confidence: float | None = None,
         quiet: bool = True,
     ) -> list[dict[str, Any]]:
-        """Predicts the emotions of the result of `find_utterances`; see `predict_recording`."""
+        """Predicts the emotions of utterances from `find_utterances`; see `predict_recording`."""
         recording = utterances.recording
         inputs = [
             {

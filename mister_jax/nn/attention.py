@@ -49,7 +49,8 @@ def dot_product_attention(
       bias: Bias added to the scores, broadcastable to [B, K, T, S]; none by default.
       dropout: Dropout layer for the attention weights; none by default.
       max_length: Length up to which T and S can be padded without changing which weights are
-        dropped; requires one dropout key per example. By default, padding changes them.
+        dropped; requires one dropout key per example. By default, padding changes which weights
+        are dropped.
       is_causal: Whether a query may attend only to keys at its position or before it.
       implementation: `implementation` of `jax.nn.dot_product_attention`; ignored with dropout.
       deterministic: Whether to disable dropout.

@@ -88,13 +88,14 @@ def create_in_one_program(make: Callable[[nnx.Rngs], _Result], rngs: nnx.Rngs) -
 def initialize_like_torch(model: nnx.Module, *, rngs: nnx.Rngs) -> None:
     """Draws parameters again, in place, from the distributions of the released code (PyTorch).
 
-    The layers are `nnx.Linear`, `ParallelConvolution` and `MultiHeadAttention`. PyTorch draws the
+    This applies to `nnx.Linear`, `ParallelConvolution` and `MultiHeadAttention`. PyTorch draws the
     weights and biases of a linear layer or convolution with N inputs from a uniform distribution
     between -1 / sqrt(N) and 1 / sqrt(N). Flax draws weights with three times this variance, and
     sets biases to 0. `GRU` always has PyTorch's distribution.
 
-    In the released code of MiSTER-E, each projection of an attention is two linear layers in a row.
-    In `MultiHeadAttention`, it is one layer, which gets the distribution of their product.
+    In the released code of MiSTER-E, each projection of an attention consists of two consecutive
+    linear layers. `MultiHeadAttention` has one layer instead, whose parameters get the distribution
+    of the two layers' product.
 
     Args:
       model: Model whose parameters are drawn.

@@ -44,10 +44,10 @@ def gru_scan(gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.A
 def _match_varying_axes(*arrays: jax.Array) -> list[jax.Array]:
     """Marks all arrays as different on each device if one of them is; their values do not change.
 
-    Under `shard_map`, JAX tracks whether an array differs between devices, and requires the same of
-    an argument and its gradient. Each device computes a different gradient of the kernel from its
-    part of the batch, but the kernel is the same on all devices. Adding a zero that is computed
-    from all arrays marks the kernel as different.
+    Under `shard_map`, JAX tracks whether an array differs between devices. If a gradient differs,
+    its argument must also be marked as different. The gradient of the kernel differs, because each
+    device has another part of the batch, but the kernel is the same on all devices. Adding a zero
+    that is computed from all arrays marks the kernel as different.
     """
     zeros = (jnp.zeros_like(array, jnp.float32).sum() for array in arrays)
     zero = sum(zeros, start=jnp.zeros((), jnp.float32))

@@ -16,7 +16,7 @@ _BLOCK_SIZE = 64
 
 
 class _Block(NamedTuple):
-    """Consecutive keys of a stream: those of the counts `start` to `start + _BLOCK_SIZE - 1`."""
+    """Keys of a stream for the counts `start` to `start + _BLOCK_SIZE - 1`."""
 
     stream_key: jax.Array
     start: int

@@ -92,7 +92,7 @@ def train(
         step, state and progress.
 
     Returns:
-      Progress at the end; `finished` is False after SIGTERM.
+      Progress at the end; `finished` is False if SIGTERM interrupted the training.
 
     Raises:
       KeyboardInterrupt: Ctrl-C was pressed. In a single process, training first completes the step
@@ -314,7 +314,7 @@ class _Best:
 
     Attributes:
       step: Number of completed steps at the last improvement.
-      params: Parameter tree; on the host if the end of the epoch does not save it.
+      params: Parameter tree; on the host if it is not saved at the end of the epoch.
       values: Validation scores and epochs by name; with several seeds, they are arrays [S].
     """
 
@@ -327,7 +327,8 @@ class _Best:
 class _TrainingLoop:
     """State and components of the training loop for one or several runs.
 
-    The methods pass the training state on. It contains the models of all seeds of all runs.
+    The methods take and return the training state, which contains the models of all seeds of all
+    runs.
     """
 
     runs: Sequence[TrainingRun]
@@ -368,7 +369,7 @@ class _TrainingLoop:
             if not self._is_finished():
                 reporter.print(self._summary())
                 self._compile(executor, state, reporter)
-            if jax.process_count() == 1:  # After an error, there may be unsaved parameters.
+            if jax.process_count() == 1:  # After an error, the best parameters may be unsaved.
                 for index in range(len(self.runs)):
                     stack.callback(self._save_best, index)
             self.stop.is_training = True
@@ -409,7 +410,7 @@ class _TrainingLoop:
         return all(run.progress.finished for run in self.runs)
 
     def _step(self) -> int:
-        """Returns the number of completed steps; `_max_steps` when all runs have finished."""
+        """Returns `_max_steps` minus the number of steps that the longest run has left."""
         return self._max_steps() - self._longest().steps_left
 
     def _max_steps(self) -> int:

@@ -48,10 +48,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yields a request to stop that SIGTERM or the first Ctrl-C makes.
+    """Yields a `StopRequest` whose event is set by SIGTERM or by the first Ctrl-C.
 
-    Signals make no request outside of the main thread, or in a job with several processes, in which
-    JAX handles SIGTERM. Ctrl-C makes no request if the program has its own handler for it.
+    Signals do not set the event outside of the main thread, or in a job with several processes, in
+    which JAX handles SIGTERM. Ctrl-C does not set the event if the program has installed another
+    handler for SIGINT.
     """
     request = StopRequest()
     # With several processes, a handler here would replace JAX's handler.

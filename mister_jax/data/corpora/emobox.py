@@ -12,9 +12,9 @@ Each line of a .jsonl file describes an utterance:
     {"key": "urdu-SM20_F8_N012", "wav": "downloads/urdu/Neutral/SM20_F8_N012.wav", "emo": "N", ...}
 
 The recordings must be downloaded from the original corpora. Most folds have no validation set. For
-such a fold, about a fifth of the training utterances is drawn for validation: all utterances of
-some speakers if there are at least three speakers and all are known, otherwise random utterances
-(random dialogues in a conversational corpus).
+such a fold, about a fifth of the training utterances is drawn for validation. If all speakers are
+known and there are at least three, all utterances of some speakers are drawn. Otherwise, random
+utterances are drawn, or random dialogues in a conversational corpus.
 """
 
 import collections

@@ -3,7 +3,7 @@
 A pattern describes the paths: `{speaker}_{emotion}_{sentence}.wav` matches `EB0_anger_12.wav`.
 
 - `{emotion}` is required. `{speaker}`, `{dialogue}`, `{utterance}`, `{order}`, `{text}` and
-  `{split}` are the fields of a manifest. Other names become metadata.
+  `{split}` have the same meaning as in a manifest. Other names become metadata.
 - `{emotion:1}` matches one character. `{_}` and `*` match text that is ignored. `*` also matches
   empty text.
 - `{emotion}/{speaker}_*.wav` reads the emotion from the name of the recording's folder. A pattern

@@ -313,7 +313,8 @@ class DialogueFields(FeatureSource):
         metadata = {}
         if "speaker" in roles:
             speakers = self._texts(roles["speaker"][0], lengths)
-            # A letter, a number or a one-hot row stands for a different speaker in each dialogue.
+            # The same letter, number or one-hot row may stand for different speakers in different
+            # dialogues.
             is_local = all(len(name) == 1 or name.isdecimal() for name in speakers if name)
             metadata[SPEAKER_IN_DIALOGUE if is_local else "speaker"] = speakers
         if "sentence" in roles:
@@ -474,8 +475,8 @@ class DialogueFields(FeatureSource):
     def _utterance_ids(self, keys: Sequence[str], lengths: Mapping[str, int]) -> list[str]:
         """Returns utterance ids that are unique in the file.
 
-        If the file's ids are unique, they are returned unchanged. Otherwise, the ids have the form
-        DIALOGUE_ID or, if an id is missing or repeated in its dialogue, DIALOGUE_POSITION.
+        If the file's ids are unique, they are returned unchanged. If they are unique only in their
+        dialogues, each id gets the prefix `DIALOGUE_`. Otherwise, the ids are `DIALOGUE_POSITION`.
         """
         dialogues = [dialogue for dialogue, count in lengths.items() for _ in range(count)]
         positions = [str(index) for count in lengths.values() for index in range(count)]

@@ -41,9 +41,9 @@ def read_npz(
       features of that modality are then replaced by zeros. All true by default.
 
     Other arrays [N] of text, numbers or booleans are kept as metadata; from their names, a prefix
-    `metadata_` is removed. Notes list these arrays and those that are ignored. A random split
-    puts all dialogues with the same value in the array `group_by` into one split. The default for
-    `group_by` is `speaker`, if the file contains this array.
+    `metadata_` is removed. All remaining arrays are ignored. Notes list the kept and the ignored
+    arrays. A random split puts all dialogues with the same value in the array `group_by` into one
+    split. The default for `group_by` is `speaker`, if the file contains this array.
 
     Returns:
         The nonempty splits. Dialogues are in the order of their first rows, and utterances in the

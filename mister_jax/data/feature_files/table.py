@@ -260,7 +260,8 @@ class FeatureTable:
     ) -> tuple[np.ndarray, list[str]]:
         """Returns each utterance's split [N] and notes for the user.
 
-        `ids` [M] contains the dialogues' ids, and `dialogue` [N] each utterance's index in `ids`.
+        `ids` [M] contains the ids of the dialogues. `dialogue` [N] contains the index in `ids` of
+        each utterance's dialogue.
         """
         group_name = group_by or "speaker"
         groups: dict[str, set[str]] = {name: set() for name in ids.tolist()}

@@ -1,9 +1,9 @@
 """Reads pickles of plain containers and NumPy arrays, and refuses everything else.
 
 A pickle is a program: it names functions, and the unpickler calls them. This unpickler allows the
-built-in types of plain values, and replaces the few other functions that plain values and arrays
-need with functions in this module. These functions check their arguments and build arrays from raw
-bytes. All other names are refused, and their modules are never imported.
+built-in types of plain values. Plain values and arrays need a few other functions, for which this
+module has replacements that check their arguments and build arrays from raw bytes. All other names
+are refused, and their modules are never imported.
 """
 
 import math

@@ -16,7 +16,7 @@ TILT = (-10.0, 2.0)  # dB per octave of the voice source
 _MIN_SECONDS, _MAX_SECONDS = 1.0, 3.0
 
 # Formants of five vowels in Hz (after Peterson & Barney 1952), bandwidths of the formants in Hz,
-# and the value that each formant adds, at its peak, to the filter's gain of 1.
+# and the amount by which the gain of each formant exceeds 1 at its peak.
 _VOWELS = np.array(
     [[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]]
 )

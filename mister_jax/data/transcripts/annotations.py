@@ -145,15 +145,15 @@ def _select(all_tiers: Sequence[Tier], selection: Selection) -> list[Segment]:
 def _without_predictions(tiers: Sequence[Tier]) -> list[Tier]:
     """Returns the text tiers of a file to which `mister-jax predict` has written emotion tiers.
 
-    The file has a single text tier, or an emotion tier for each text tier (see
-    `timeline.tiers.split_tiers`). Returns an empty list for a file with any other tiers.
+    Such a file has a single text tier, or an emotion tier for each text tier (see
+    `timeline.tiers.split_tiers`). For all other files, returns an empty list.
     """
     emotion_tiers = {tier.name for tier in tiers if is_emotion_tier(tier.name)}
     texts = [tier for tier in tiers if tier.name not in emotion_tiers]
     unpaired = set(emotion_tiers)
     for tier in texts:
-        # The emotion tier of "Ann 2" is "Ann emotion 2" for the speaker Ann, and "Ann 2 emotion"
-        # for the speaker "Ann 2". Without a speaker, the text tier is "text".
+        # The emotion tier of a text tier "Ann 2" is "Ann emotion 2" if the speaker is "Ann", and
+        # "Ann 2 emotion" if the speaker is "Ann 2". Without a speaker, the text tier is "text".
         number = re.search(r"(?: \d+)?$", tier.name)[0]  # type: ignore[index]
         name = tier.name.removesuffix(number)
         speaker = "" if name == "text" else name

@@ -31,7 +31,9 @@ Record = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Keys:
-    """JSON keys of a format's segments or words. The first key that a record has is used.
+    """JSON keys of a format's segments or words.
+
+    If a value has several keys, the first key that a record has is used.
 
     Attributes:
       scale: Length of the format's time unit in seconds.

@@ -176,8 +176,8 @@ def _read_with_pysubs2(text: str, name: str, selection: Selection, notes: Notes)
 def _cleaned(segments: list[Segment], notes: Notes) -> tuple[Segment, ...]:
     """Removes markup, and drops segments that contain only markup or music symbols.
 
-    A segment without speaker is split into the turns that its lines mark. The turns get the
-    speakers that the text names.
+    A segment that has neither a speaker nor word times is split into the turns that its lines mark.
+    The turns get the speakers that the text names.
     """
     lines = [_plain_lines(segment.text) for segment in segments]
     has_names = _has_names(lines)
@@ -194,7 +194,7 @@ def _cleaned(segments: list[Segment], notes: Notes) -> tuple[Segment, ...]:
         total = sum(len(text) for _, text in turns)
         duration, position, start = segment.end - segment.start, 0, segment.start
         for name, text in turns:
-            # The time within a segment is estimated from the number of characters.
+            # The times of the turns are estimated from their numbers of characters.
             position += len(text)
             end = segment.end if position == total else segment.start + duration * position / total
             cleaned.append(
@@ -229,7 +229,7 @@ def _turns(
     """
     turns: list[tuple[str | None, str]] = [(last_name if has_names else None, "")]
     lines = list(filter(None, lines))
-    # A dash may also continue a sentence, unless all turns have one.
+    # A dash may also continue a sentence. It marks a turn only if the first line has a mark, too.
     has_dashes = bool(lines) and _NEW_SPEAKER.match(lines[0]) is not None
     for line in lines:
         text = _NEW_SPEAKER.sub("", line)

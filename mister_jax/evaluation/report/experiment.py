@@ -31,7 +31,7 @@ class Experiment:
     Attributes:
       name: Name of the work directory.
       config: Config of the training run.
-      epochs: Best epoch of each seed, counted from 1.
+      epochs: Epoch of each seed's evaluated parameters, counted from 1.
       versions: Versions of packages, and the device.
       date: Date when the checkpoint was saved; None if unknown.
     """

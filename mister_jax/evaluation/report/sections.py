@@ -44,7 +44,7 @@ def render_scores(
     bootstrap: DialogueBootstrap,
     seeds: Mapping[str, Any] | None,
 ) -> str:
-    """Renders the scores of models, the evaluated model first, and the scores of its seeds."""
+    """Renders the scores of `models`, and of the seeds of the evaluated model, `models[0]`."""
     figures = []
     for key, score in models[0].scores.items():
         number = element("strong", f"{score.value:.3f}")
@@ -196,8 +196,8 @@ def render_gate(predictions: SplitPredictions) -> str:
         rows.append((element("span", escape(title), class_=class_), outcome, f"{count:,}", bar))
         previous = title
     lead = (
-        "Mean gate weight of each expert in percent, over the utterances of each emotion that the "
-        "model predicted correctly or wrongly."
+        "Mean gate weight of each expert in percent, by true emotion, for correct and for wrong "
+        "predictions of the model."
     )
     head = ("true emotion", "predicted", "utterances", "mean gate")
     return (

@@ -61,7 +61,7 @@ def shown_emotion(row: Row) -> str:
 
 
 def recording_seconds(rows: Sequence[Row]) -> float:
-    """Returns the recording's length if known, but at least the end of the last row."""
+    """Returns the recording's length if it is known, but at least the latest end of a row."""
     last_end = max(row["end"] for row in rows)
     if not rows[0].get("recording"):
         return last_end

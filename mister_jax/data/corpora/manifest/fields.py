@@ -38,7 +38,7 @@ FIELDS = (
 Interval = tuple[float | None, float | None]
 """Start and end in seconds.
 
-For a recording, a start of None means its beginning, and an end of None its end.
+In a recording, a start of None is the beginning, and an end of None is the end.
 """
 
 _MISSPELLING_CUTOFF = 0.8  # difflib's similarity: 0.8 for "lable", 0.9 for "audio_strat"
