@@ -187,6 +187,8 @@ def _copy(
     if not pathlib.Path(name).exists() and not include:
         return hub.pinned_name(name)
     source = pathlib.Path(name) if pathlib.Path(name).exists() else hub.fetch(name)
+    if source.is_file():
+        parts = (*parts, source.name)  # The suffix tells the format.
     hub.copy_model(source, folder.joinpath(*parts), weights=weights)
     return bundle.path_in_bundle(*parts)
 

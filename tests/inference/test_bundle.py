@@ -1,5 +1,6 @@
 """Bundles: exported models that can be moved, shared and loaded again."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 import mister_jax
-from mister_jax import EmotionRecognizer, bundle, extraction
+from mister_jax import EmotionRecognizer, bundle, data, extraction
 from mister_jax.calibration import Calibration, write_calibration
 from mister_jax.encoders import hub
 from mister_jax.errors import InputError
@@ -108,6 +109,34 @@ def test_a_moved_bundle_gives_the_same_bits_without_the_run_its_data_and_encoder
         np.testing.assert_array_equal(arrays[name], values)
     has_base_weights = any(moved.glob("encoders/text*/**/name/model.safetensors"))
     assert has_base_weights == (make_encoder is tuned_with_lora)
+
+
+def test_a_moved_bundle_loads_an_encoder_whose_checkpoint_is_a_file(
+    calls_dir, salmonn_options, tmp_path
+):
+    private = tmp_path / "private"
+    private.mkdir()
+    checkpoint = shutil.copy(
+        f"{salmonn_options['name']}/model.safetensors", private / "v1.safetensors"
+    )
+    options = {**salmonn_options, "name": str(checkpoint), "max_seconds": 0.5}
+    encoder = extraction.load_encoder(**options)
+    splits = {
+        name: dataclasses.replace(
+            data.load_features("speech_alone", name, calls_dir),
+            metadata={"speech": encoder.metadata},
+        )
+        for name in ("train", "validation", "test")
+    }
+    data.write_features(splits, "with_salmonn", private / "data")
+    run = write_untrained_workdir(private / "run", private / "data", "with_salmonn")
+    export_model(run, tmp_path / "bundle")
+    shutil.rmtree(private)
+    moved = shutil.move(tmp_path / "bundle", tmp_path / "elsewhere")
+    metadata = Predictor(moved).task.encoders["speech"]
+    assert metadata["name"] == str(moved / "encoders" / "speech_encoder" / "v1.safetensors")
+    # This function refuses an encoder that has changed.
+    assert extraction.encoder_from_metadata(metadata).modality == "speech"
 
 
 @pytest.mark.parametrize("make_encoder", [pretrained, tuned_with_lora])

@@ -110,7 +110,7 @@ def channel_indices(names: Iterable[str]) -> dict[str, Channel | None]:
     names = sorted(set(names))
     for first in ("0", "1", "A", "a"):
         indices = [ord(name) - ord(first) if len(name) == 1 else -1 for name in names]
-        if len(names) > 1 and indices[0] == 0 and all(index < 10 for index in indices[1:]):
+        if len(names) > 1 and indices[0] == 0 and all(0 < index < 10 for index in indices[1:]):
             return dict(zip(names, indices, strict=True))
     return dict.fromkeys(names)
 
