@@ -107,7 +107,12 @@ def _run_main(module: ModuleType, arguments: list[str]) -> int:
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        message = f"{error.filename}: {error.strerror}; choose a path that can be written"
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{error.strerror}; choose a path that can be written"
+    except ValueError as error:  # Orbax converts errors of the file system.
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        message = f"{os.strerror(errno.ENOSPC)}; free some space, or choose another path"
     except (AssertionError, RuntimeError) as error:
         # An error raised in xla_bridge.py means that JAX could not initialize a platform in
         # JAX_PLATFORMS. Any other error is a bug.

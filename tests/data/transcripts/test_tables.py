@@ -56,6 +56,11 @@ def test_a_single_channel_is_not_an_index(read):
     assert {s.channel for s in read("a", CTM.replace("call B", "call A")).segments} == {None}
 
 
+@pytest.mark.parametrize("name", ["10", "left"])
+def test_channels_with_other_names_are_not_indices(read, name):
+    assert {s.channel for s in read("a", STM.replace("call 2", f"call {name}")).segments} == {None}
+
+
 def test_the_extension_decides_between_stm_and_ctm_only_if_both_fit(read):
     digits = "call 1 0.5 1.5 2\ncall 1 2.0 3.0 4\n"
     assert read("a.ctm", digits).format == read("a", digits).format == "CTM"
