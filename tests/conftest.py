@@ -20,15 +20,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import functools
 import gc
 import multiprocessing.util
+import pathlib
 from collections import defaultdict
 
 import jax
 import numpy as np
 import pytest
 
-from mister_jax import MisterEConfig
+from mister_jax import MisterEConfig, configs
 from mister_jax.parallel import sharding
 from tests.helpers.golden import GOLDEN
+
+CHECKOUT = pathlib.Path(__file__).parents[1]
 
 # The slowest test files, slowest first. They start first, so that none runs alone at the end.
 SLOWEST = (
@@ -49,6 +52,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if not (CHECKOUT / "configs").samefile(pathlib.Path(configs.__file__).parent):
+        raise pytest.UsageError(
+            f"mister_jax.configs is {configs.__file__}, from another checkout; run "
+            f"`pip install -e {CHECKOUT}`"
+        )
     # JAX creates so many objects that garbage collection would take a tenth of the test time.
     gc.set_threshold(20_000, 20, 50)
     if config.getoption("parity"):

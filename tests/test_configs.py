@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -80,6 +81,13 @@ def test_variants_combine():
     model = check_fusion_config(config)
     assert model.context_dim == 1024 and model.mixture == "majority"
     assert config.loss.weights.contrastive == 0 and config.optimizer.learning_rate == 1e-5
+
+
+def test_the_documentation_lists_every_variant():
+    page = pathlib.Path(__file__).parents[1] / "docs" / "train_and_evaluate.md"
+    rows = [line.split("|")[1] for line in page.read_text().splitlines() if line.startswith("| `")]
+    listed = set(re.findall(r"\w+", " ".join(rows)))
+    assert set(fusion.VARIANTS) <= listed
 
 
 def test_ablations_are_variants():
