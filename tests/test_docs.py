@@ -18,6 +18,7 @@ from praatio.textgrid import IntervalTier, Textgrid
 
 from mister_jax.cli.main import SUBCOMMANDS
 from mister_jax.data.audio import encode_wav
+from mister_jax.data.corpora.registry import CORPORA
 from tests.helpers.commands import run_commands
 from tests.helpers.speech import synthesize_speech
 from tests.helpers.tiny_datasets import write_manifest
@@ -259,6 +260,13 @@ def test_named_files_exist(page):
         assert list(ROOT.glob(f"mister_jax/**/{name}")), name
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", BLOCK.sub("", text)):
         assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_every_corpus_is_documented():
+    rows = re.findall(r"^\| `(\w+)` \|", PAGES["docs/corpora.md"], re.MULTILINE)
+    assert set(CORPORA) <= set(rows)
+    help_text = (ROOT / "mister_jax/cli/prepare.py").read_text()
+    assert set(CORPORA) <= set(re.findall(r"^mister-jax prepare --corpus=(\w+)", help_text, re.M))
 
 
 def test_modules_of_the_api_reference_exist():

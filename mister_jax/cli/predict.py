@@ -506,7 +506,8 @@ def _read_released_corpus() -> Corpus:
     if not corpus.splits.get(_SPLIT.value):
         allowed = ", ".join(split for split, dialogues in corpus.splits.items() if dialogues)
         raise InputError(f"--split={_SPLIT.value}; allowed: {allowed}")
-    return Corpus(corpus.name, corpus.class_names, {_SPLIT.value: corpus.splits[_SPLIT.value]})
+    splits = {_SPLIT.value: corpus.splits[_SPLIT.value]}
+    return Corpus(corpus.name, corpus.class_names, splits, scored=corpus.scored)
 
 
 def _corpus_from_flags(paths: Sequence[str], texts: Sequence[str]) -> Corpus:

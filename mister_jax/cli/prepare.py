@@ -161,7 +161,14 @@ def _prepare_recordings(corpus: str) -> None:
     _print_notes(report["notes"])
     _print_missing_splits(name for name, it in report["splits"].items() if it["utterances"])
     counts = ", ".join(f"{len(report[kind])} {kind}" for kind in kinds if report[kind])
-    print(f"recordings: {counts or 'all usable, none changed'}")
+    if not counts:
+        has_recordings = any(
+            split["utterances"] > split["without_speech"] for split in report["splits"].values()
+        )
+        counts = "all usable, none changed" if has_recordings else "none"
+        if corpus == "manifest" and not has_recordings:
+            counts += "; the manifest has no paths of recordings in the column audio"
+    print(f"recordings: {counts}")
     print(f"written to {report['directory']}")
 
 

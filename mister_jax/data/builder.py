@@ -65,7 +65,8 @@ class DialogueBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
     """TFDS builder whose examples are dialogues.
 
     Each corpus has a subclass that defines the reader, variants (`BUILDER_CONFIGS`), origin and
-    license of the corpus.
+    license of the corpus. The name of the subclass determines the name of the dataset; see
+    `corpora.registry`.
 
     Args:
         corpus: Corpus to write.

@@ -6,7 +6,9 @@ The modules in `corpora` read a `Corpus` from a released corpus or from the user
 
 import dataclasses
 import pathlib
+import types
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mister_jax.data.audio import DecodeRequest
 from mister_jax.data.audio_source import existing_path
@@ -62,7 +64,8 @@ class Corpus:
 
     Raises:
         InputError: A split is unknown, an id is not unique, a dialogue is empty, a label or a rated
-            class is not in `class_names`, or the corpus is empty.
+            class is not in `class_names`, a value has the wrong type, an utterance has a score but
+            `scored` is false, or the corpus is empty.
     """
 
     name: str
@@ -75,12 +78,17 @@ class Corpus:
         unknown = [split for split in self.splits if split not in SPLITS]
         if unknown:
             raise InputError(f"{self.name}: split {unknown[0]!r}; allowed: {', '.join(SPLITS)}")
+        for split, dialogues in self.splits.items():
+            _check_type(f"{self.name}: split {split!r}", dialogues, Sequence, "a list or tuple")
         if not any(self.splits.values()):
             raise InputError(f"{self.name}: no dialogues; at least one is needed")
         ids = set()
         for _, dialogue in self.dialogues():
+            location = f"{self.name}: dialogue {dialogue.id!r}"
+            _check_type(f"{location}: id", dialogue.id, str, "str")
+            _check_type(f"{location}: utterances", dialogue.utterances, Sequence, "a tuple")
             if not dialogue.utterances:
-                raise InputError(f"{self.name}: dialogue {dialogue.id!r} has no utterances")
+                raise InputError(f"{location} has no utterances")
             for id_ in (
                 f"dialogue {dialogue.id!r}",
                 *(f"utterance {utterance.id!r}" for utterance in dialogue.utterances),
@@ -89,16 +97,25 @@ class Corpus:
                     raise InputError(f"{self.name}: {id_} is repeated; needed: unique ids")
                 ids.add(id_)
         for _, utterance in self.utterances():
+            location = f"{self.name}: utterance {utterance.id!r}"
+            _check_type(f"{location}: id", utterance.id, str, "str")
+            _check_type(f"{location}: text", utterance.text, str, "str, empty if missing")
+            _check_type(
+                f"{location}: recording",
+                utterance.recording,
+                DecodeRequest | None,
+                "DecodeRequest, or None if missing",
+            )
+            if utterance.score is not None and not self.scored:
+                raise InputError(f"{location}: score: {utterance.score}; needed: scored=True")
             if utterance.label is not None and utterance.label not in self.class_names:
                 raise InputError(
-                    f"{self.name}: utterance {utterance.id!r}: label {utterance.label!r}; "
-                    f"allowed: {', '.join(self.class_names)}"
+                    f"{location}: label {utterance.label!r}; allowed: {', '.join(self.class_names)}"
                 )
             for name in utterance.ratings:
                 if name not in self.class_names:
                     raise InputError(
-                        f"{self.name}: utterance {utterance.id!r}: ratings of {name!r}; allowed: "
-                        f"{', '.join(self.class_names)}"
+                        f"{location}: ratings of {name!r}; allowed: {', '.join(self.class_names)}"
                     )
 
     @property
@@ -124,6 +141,11 @@ class Corpus:
             split: (len(dialogues), sum(len(dialogue.utterances) for dialogue in dialogues))
             for split, dialogues in self.splits.items()
         }
+
+
+def _check_type(location: str, value: Any, type_: type | types.UnionType, needed: str) -> None:
+    if not isinstance(value, type_):
+        raise InputError(f"{location}: {type(value).__name__}; needed: {needed}")
 
 
 def check_sizes(

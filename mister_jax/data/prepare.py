@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import pathlib
@@ -144,7 +145,15 @@ def read_released(
     variant = _find_config(corpus, config)
     if source is None:
         instructions = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
-        raise InputError(f"--source is needed with --corpus={corpus}. {instructions}")
+        needed = f". {instructions}" if instructions else ": the folder of the corpus"
+        raise InputError(f"--source is needed with --corpus={corpus}{needed}")
+    try:
+        inspect.signature(builder.read).bind(source, partial=partial, **variant.options)
+    except TypeError as error:
+        raise InputError(
+            f"config {variant.name!r} of {corpus}: {error}; needed: a reader with the arguments "
+            f"{', '.join(('partial', *variant.options))}"
+        ) from error
     return builder.read(pathlib.Path(source), partial=partial, **variant.options)
 
 

@@ -69,8 +69,9 @@ def extract_features(
         # Splits are loaded one at a time, because all recordings of a split are held in memory.
         utterances = encoder.input.load(dataset, split, data_dir)
         if not utterances.items:
+            reason = _explain_no_speech(source, split) if encoder.modality == "speech" else ""
             raise InputError(
-                f"dataset {dataset}, split {split}: no utterance has {encoder.modality}"
+                f"dataset {dataset}, split {split}: no utterance has {encoder.modality}{reason}"
             )
         encoded = encode_items(
             encoder,
@@ -94,6 +95,13 @@ def extract_features(
     for resume_dir in root.glob(f"{prefix}*"):  # including partial results of other encoders
         resume_dir.rmtree()
     return builder
+
+
+def _explain_no_speech(source: DialogueDataset, split: str) -> str:
+    turns = (turn for dialogue in source.dialogues(split) for turn in dialogue.utterances)
+    if any(turn.speech_present for turn in turns):
+        return ", because all recordings are silent"
+    return ", because the split has no usable recordings"
 
 
 def _digest(metadata: dict[str, Any], split: str, utterances: Utterances) -> str:

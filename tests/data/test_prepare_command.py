@@ -39,6 +39,8 @@ def corpora(tmp_path_factory) -> pathlib.Path:
             rows.append(row)
     (folder / "4_1.wav").write_bytes(b"no sound")
     (folder / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps({("path" if k == "audio" else k): row[k] for k in row}) for row in rows]
+    (folder / "paths.jsonl").write_text("\n".join(lines))
     labels = {f"d{dialogue}": [0, 1] for dialogue in range(5)}
     vectors = {name: np.full((2, 3), index + 0.5) for index, name in enumerate(labels)}
     (folder / "other.pkl").write_bytes(pickle.dumps((labels, vectors, vectors)))
@@ -71,6 +73,7 @@ def corpora(tmp_path_factory) -> pathlib.Path:
 SUCCESSES = {
     "manifest": "--corpus=manifest --source=DIR/calls.jsonl --data_dir=DIR/data --labels=joy,anger "
     "--num_workers=2 --max_seconds=1 --partial",
+    "no_audio": "--corpus=manifest --source=DIR/paths.jsonl --data_dir=DIR/data --num_workers=0",
     "inspect": "--inspect=manifest/calls --data_dir=DIR/data",
     "synthetic": "--corpus=synthetic --data_dir=DIR/data --num_dialogues=2,1,1 --num_workers=1",
     "again": "--corpus=synthetic --data_dir=DIR/data --num_dialogues=2,1,1 --name=again "
@@ -166,6 +169,13 @@ def test_the_output_describes_the_dataset(successes, corpora):
     assert "recordings: 1 missing, 1 capped, 12 fast_text\n" in output
     assert "WARNING: no utterances in validation; training needs the splits" in output
     assert output.endswith(f"written to {corpora}/data/manifest/calls/1.0.0\n")
+
+
+def test_a_manifest_without_recordings_gets_a_hint(successes):
+    output = successes["no_audio"]
+    assert "note: columns kept as metadata, which no model reads: path\n" in output
+    hint = "recordings: none; the manifest has no paths of recordings in the column audio\n"
+    assert hint in output
 
 
 def test_a_folder_is_split_by_speaker(successes, corpora):

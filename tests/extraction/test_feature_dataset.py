@@ -230,11 +230,12 @@ def flip_label(label, row):
         (SPEECH, "prosodic", "dataset exists; allowed: another --output, or --overwrite"),
         (SPEECH, "a/b", "--output=a/b; allowed: lower-case letters"),
         ("prosodic", "new", "a dataset of features; needed: a dataset of dia"),
-        ("manifest/silent", "new", "split train: no utterance has speech"),
+        ("manifest/texts", "new", "train: no utterance has speech, because the split has no usab"),
+        ("manifest/silent", "new", "train: no utterance has speech, because all recordings are si"),
     ],
 )
 def test_invalid_extraction_is_refused(
-    prosody_encoder, speech_dataset, text_only_dataset, heard_dir, dataset, output, message
+    prosody_encoder, speech_dataset, datasets_without_speech, heard_dir, dataset, output, message
 ):
     with pytest.raises(InputError, match=message) as error:
         extraction.extract_features(prosody_encoder, dataset, output, heard_dir, quiet=True)
@@ -243,19 +244,17 @@ def test_invalid_extraction_is_refused(
 
 
 @pytest.fixture(scope="module")
-def text_only_dataset(heard_dir, tmp_path_factory):
-    """Writes the dataset `manifest/silent`, which has only texts."""
-    rows = [
-        {
-            "dialogue": split,
-            "utterance": 0,
-            "order": 0,
-            "split": split,
-            "text": "so",
-            "label": label,
-        }
-        for split, label in zip(data.SPLITS, ("joy", "anger", "joy"), strict=True)
-    ]
-    manifest = tmp_path_factory.mktemp("silent") / "silent.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare_corpus(PrepareOptions("manifest", manifest, heard_dir, decoding=DecodingOptions(0)))
+def datasets_without_speech(heard_dir, tmp_path_factory):
+    """Writes `manifest/texts`, which has only texts, and `manifest/silent` with silence."""
+    folder = tmp_path_factory.mktemp("without_speech")
+    row = {"utterance": 0, "order": 0, "label": "joy"}
+    for split in data.SPLITS:
+        encode_wav(folder / f"{split}.wav", np.zeros(8000, np.int16))
+    for name, field, suffix in (("texts", "text", ""), ("silent", "audio", ".wav")):
+        rows = [
+            {**row, "dialogue": split, "split": split, field: split + suffix}
+            for split in data.SPLITS
+        ]
+        manifest = folder / f"{name}.jsonl"
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        prepare_corpus(PrepareOptions("manifest", manifest, heard_dir, decoding=DecodingOptions(0)))

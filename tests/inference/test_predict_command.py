@@ -7,9 +7,13 @@ import shutil
 import pytest
 
 from mister_jax.calibration import Calibration, write_calibration
+from mister_jax.data.audio import encode_wav
+from mister_jax.data.corpora.mosi import VIDEOS
 from mister_jax.predictor import Predictor
+from tests.data.corpora import MOSI, write_mosi
 from tests.helpers.commands import run_command
 from tests.helpers.predictions import assert_predictions_close, write_call
+from tests.helpers.speech import synthesize_speech
 
 
 @pytest.fixture
@@ -41,6 +45,20 @@ def test_the_output_has_the_inputs_and_predictions(
     # The first three rows are those of the training and the validation dialogue, which `dialogues`
     # does not contain.
     assert_predictions_close(rows[3:], [row for dialogue in predictions for row in dialogue])
+
+
+def test_one_split_of_a_corpus_with_scores_is_predicted(predict, tmp_path):
+    def write_wav(path, seconds):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encode_wav(path, synthesize_speech(seconds))
+
+    write_mosi(tmp_path / "CMU-MOSI", write_wav)
+    output = tmp_path / "out.jsonl"
+    source = f"--source={tmp_path / 'CMU-MOSI'}"
+    result = predict("--corpus=mosi", source, "--split=test", f"--output={output}")
+    assert result.status == 0, result.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {row["dialogue"] for row in rows} == {video for video in MOSI if VIDEOS[video] == "test"}
 
 
 def test_predictions_below_the_minimum_confidence_are_uncertain(
