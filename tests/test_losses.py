@@ -449,7 +449,7 @@ def test_unlabeled_utterances_count_in_no_part_of_the_loss(training, tiny_config
         ({"mask": np.ones((8, 4), bool)}, r"^mask has shape \(8, 4\); allowed: \(8, 5\)"),
         ({"ratings": np.zeros((8, 5))}, r"^ratings has shape \(8, 5\); allowed: \(8, 5, "),
         ({"scores": np.zeros(8)}, r"^scores has shape \(8,\); allowed: \(8, 5\)"),
-        ({"experts": ("speach",)}, r"experts=\('speach',\); allowed: a tuple of speech, text, fus"),
+        ({"experts": ("video",)}, r"experts=\('video',\); allowed: a tuple of speech, text, fus"),
         ({"experts": "speech"}, "experts='speech'; allowed: a tuple of speech"),
         ({"temperature": 0.0}, "temperature=0.0; allowed: positive"),
         ({"gamma": -1.0}, "gamma=-1.0, .*; allowed: 0 or more"),

@@ -293,7 +293,7 @@ def _check_values(config: ConfigDict, axes: Sequence[Axis]) -> None:
             try:
                 if axis.field.startswith(_CHECKED_WITH_DATA):
                     task = load_task(changed)
-                    task.split("train", num_shards=1, shuffle=True)
+                    task.split("train", num_shards=1, shuffle=True, epochs=changed.train.epochs)
                     parallel = dataclass_from_config(
                         ParallelConfig, changed.parallel, "config.parallel"
                     )
