@@ -96,47 +96,6 @@ def _merge(graph: Any, params: Mapping[str, Any]) -> Any:
     return nnx.merge(graph, params["trained"], params["frozen"])
 
 
-def compile_ahead(workdir: epath.PathLike, splits: Iterable[str]) -> None:
-    """Compiles the programs with which a `Predictor` in this process will predict splits of a run.
-
-    The run may still be training, because this function reads no checkpoint. Programs of encoders
-    are not compiled.
-
-    Args:
-      workdir: Work directory of the run.
-      splits: Splits of the training dataset, in the order in which they will be predicted.
-
-    Raises:
-      InputError: The work directory or a split cannot be read.
-    """
-    workdir = epath.Path(workdir)
-    config = read_config(workdir)
-    task = task_class(config).restore(config, read_model_description(workdir))
-    if not task.shares_steps_with(task):
-        return
-    partitioner = JitPartitioner(data_mesh(), task.sharding_rules)
-    graph, trained, frozen = _split_shapes(task)
-    programs = _programs_for(task, graph, partitioner)
-    zeros = jax.tree.map(lambda value: np.zeros(value.shape, value.dtype), trained)
-    params = {"trained": partitioner.put_state(zeros), "frozen": frozen}
-    constants = partitioner.put_state(task.constants())
-    shapes = set(programs.shapes)
-    for name in splits:
-        split = task.batched(
-            task.features(name), num_shards=partitioner.num_shards, compiled=sorted(shapes)
-        )
-        for shape in set(split.shapes) - shapes:
-            batch = partitioner.put_batch(split.example_batch(shape))
-            jax.block_until_ready(programs.predict((params, constants), batch))
-        shapes.update(split.shapes)
-
-
-def _split_shapes(task: Any) -> tuple[Any, Any, Any]:
-    """Returns the model's graph definition, and the shapes of its trained and frozen parameters."""
-    shapes = nnx.eval_shape(lambda: task.init(jax.random.key(0)))
-    return split_params(shapes, task.trainable)
-
-
 class Predictor:
     """Runs a trained model with its best parameters on all devices.
 
@@ -191,7 +150,8 @@ class Predictor:
 
     def _load_params(self, opened: bundle.Bundle | None) -> tuple[list[Any], dict[str, Any]]:
         """Returns the parameters of each seed, and the progress saved with these parameters."""
-        self._graph, params, frozen = _split_shapes(self.task)
+        abstract_model = nnx.eval_shape(lambda: self.task.init(jax.random.key(0)))
+        self._graph, params, frozen = split_params(abstract_model, self.task.trainable)
         params = multi_seed.stacked_shapes(params, len(self.seeds))
         like = jax.tree.map(
             lambda value, sharding: jax.ShapeDtypeStruct(

@@ -10,10 +10,6 @@ of a Python file. A colon separates the name or path from the config's argument.
 --config.FIELD=VALUE changes a field.
 """
 
-import concurrent.futures
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -49,46 +45,12 @@ def _train() -> int:
         _check_splits(config, splits)
     if not splits and len(config_seeds(config)) > 1:
         splits = ["validation"]
-    with _compilation_ahead(workdir, splits) as on_step:
-        progress = train(config, workdir, on_step=on_step)
+    progress = train(config, workdir)
     if not progress.finished:
         return STOPPED_BY_SIGTERM
     if splits:
         _evaluate(workdir, splits)
     return 0
-
-
-@contextlib.contextmanager
-def _compilation_ahead(
-    workdir: str, splits: Sequence[str]
-) -> Iterator[Callable[[int], None] | None]:
-    """Yields a callback for training steps that compiles the programs of the evaluation.
-
-    The first call starts the compilation in a background thread.
-    """
-    import jax
-
-    # Several processes must start their programs in the same order.
-    if not splits or jax.process_count() > 1:
-        yield None
-        return
-    from mister_jax.data.split_guard import all_splits_allowed
-    from mister_jax.evaluation.calibration import CALIBRATION_SPLIT
-    from mister_jax.predictor import compile_ahead
-
-    jobs: list[concurrent.futures.Future[None]] = []
-
-    @all_splits_allowed()
-    def compile_programs() -> None:
-        compile_ahead(workdir, [*splits, CALIBRATION_SPLIT])
-
-    def start(_step: int) -> None:
-        if not jobs:
-            # Errors are ignored, because the evaluation raises them again.
-            jobs.append(executor.submit(compile_programs))
-
-    with concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile_ahead") as executor:
-        yield start
 
 
 def _check_splits(config: ConfigDict, splits: list[str]) -> None:

@@ -28,11 +28,7 @@ def training_splits_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_splits_allowed() -> Iterator[None]:
-    """Lifts `training_splits_only`.
-
-    Use this function for code that pools all splits to make new splits, and for code that compiles
-    programs for the lengths of the dialogues. This function can also be used as a decorator.
-    """
+    """Lifts `training_splits_only`, for code that pools all splits and then makes new splits."""
     token = _is_training.set(False)
     try:
         yield

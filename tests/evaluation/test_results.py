@@ -26,7 +26,7 @@ from mister_jax.evaluation.results import evaluate
 from mister_jax.evaluation.scores import score_predictions
 from mister_jax.io import read_json_lines, write_json
 from mister_jax.models import EXPERTS
-from mister_jax.predictor import Predictor, compile_ahead
+from mister_jax.predictor import Predictor
 from mister_jax.workdir import FORMAT
 from tests.helpers.training import read_validation_scores, write_untrained_workdir
 
@@ -103,24 +103,6 @@ def test_a_split_is_predicted_with_the_program_of_another_split(
     assert actual.keys() == expected.keys()
     for name, values in actual.items():
         np.testing.assert_allclose(values, expected[name], atol=1e-5, err_msg=name)
-
-
-@pytest.mark.parametrize("num_seeds", [1, 2])
-def test_an_evaluation_compiled_ahead_compiles_no_prediction(
-    tiny_data_dir, tmp_path, monkeypatch, num_seeds
-):
-    programs = collections.deque(maxlen=1)
-    monkeypatch.setattr(predictor_module, "_shared_programs", programs)
-    workdir = write_untrained_workdir(tmp_path / "run", tiny_data_dir, "tiny", num_seeds)
-    checkpoints = (workdir / "checkpoints").rename(tmp_path / "checkpoints")
-    compile_ahead(workdir, ["test", "validation"])
-    checkpoints.rename(workdir / "checkpoints")
-    program = programs[0].predict.function
-    num_programs = program._cache_size()
-    assert num_programs
-    evaluate(workdir, "test", quiet=True)  # also predicts validation, for the calibration
-    assert (workdir / CALIBRATION_FILE).exists()
-    assert len(programs) == 1 and program._cache_size() == num_programs
 
 
 @pytest.mark.devices
