@@ -257,7 +257,9 @@ def read_fingerprints(workdir: epath.PathLike) -> dict[str, str]:
     """Returns the hash of each split's content when training started; {} if it is unknown."""
     path = epath.Path(workdir) / _DATA
     data = read_json(path) if path.exists() else {}
-    return {split: values["fingerprint"] for split, values in data.items()}
+    return {
+        split: values["fingerprint"] for split, values in data.items() if "fingerprint" in values
+    }
 
 
 def check_data(data: Mapping[str, Any], dataset: str, workdir: epath.PathLike) -> None:

@@ -1,5 +1,6 @@
 """Two processes with four CPU devices each give the results of one process with eight devices."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -25,6 +26,7 @@ from mister_jax.extraction import PretrainedText, extract_features
 from mister_jax.predictor import Predictor
 from mister_jax.training.loop import train
 from mister_jax.training.runs import plan_run
+from mister_jax.workdir import lock
 from tests.helpers.commands import SLOW_IMPORTS
 from tests.helpers.ports import free_port
 from tests.helpers.training import make_tiny_config, read_metric_records
@@ -87,6 +89,11 @@ def train_evaluate_extract(workdir, data_dir, spoken_dir, encoder_folder, proces
     config.seed = process_id
     with pytest.raises(InputError, match=r"config\.seed is 0 in process 0 and 1 in process 1"):
         plan_run(config, workdir.with_name("other"))
+    with contextlib.ExitStack() as stack:
+        if process_id == 0:
+            stack.enter_context(lock(workdir))
+        with pytest.raises(InputError, match="another process is training in this work directory"):
+            train(make_config(data_dir), workdir, quiet=True)
     return status
 
 

@@ -35,9 +35,10 @@ _CONVERSION_ERRORS = {
 
 
 # Errors about paths that cannot be written.
+_UNWRITABLE_DEVICE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (
+    *_UNWRITABLE_DEVICE,
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
-    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT),
 )
 
 
@@ -63,7 +64,7 @@ def required_config(flag: flags.FlagHolder) -> Any:
     """Returns the `ConfigDict` of a `--config` flag.
 
     Raises:
-      InputError: The flag is not set, or its file does not exist.
+      InputError: The flag is not set, its file does not exist, or the config has an unknown field.
     """
     if not flag.value:
         raise InputError(
@@ -73,8 +74,9 @@ def required_config(flag: flags.FlagHolder) -> Any:
     from mister_jax.tasks.config import check_sections
 
     try:
+        # If the file does not exist, ml_collections raises an error on the first use of the config.
         getattr(flag.value, "to_dict", None)
-    except OSError as error:  # Raised by ml_collections for a missing file.
+    except OSError as error:
         raise InputError(_missing_config(flag.name, str(error))) from error
     check_sections(flag.value)
     return flag.value
@@ -105,7 +107,7 @@ def _run_main(module: ModuleType, arguments: list[str]) -> int:
     except (InputError, MissingExtraError) as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        if error.errno not in (_UNWRITABLE if error.filename else _UNWRITABLE_DEVICE):
             raise
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror}; choose a path that can be written"
@@ -243,8 +245,8 @@ def _location_in_config(error: BaseException, arguments: list[str]) -> str:
     if isinstance(error, InputError):
         return ""
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, SyntaxError):
-        frames.append((error.filename or "", error.lineno))
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append((error.filename, error.lineno))
     for filename, line in reversed(frames):
         path = os.path.relpath(filename)
         if any(path in argument or filename in argument for argument in arguments):
@@ -279,8 +281,10 @@ def _allowed_fields(override: str, arguments: list[str]) -> str:
 
 def _field_with_name(name: str, arguments: list[str]) -> str:
     """Returns a hint at the config field with the name of an unknown flag, such as data_dir."""
+    from ml_collections import ConfigDict
+
     config = _load_config("config", arguments) if _has_config_file_flag() else None
-    fields = flatten(config.to_dict()) if config else {}
+    fields = flatten(config.to_dict()) if isinstance(config, ConfigDict) else {}
     paths = [path for path in fields if path.rpartition(".")[2] == name]
     return f". Did you mean: --config.{paths[0]}" if len(paths) == 1 else ""
 

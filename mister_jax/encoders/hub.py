@@ -60,7 +60,7 @@ def fetch(name_or_folder: str | os.PathLike[str]) -> pathlib.Path:
         return folder
     if name == MINILM:
         return _installed_minilm()
-    if folder.is_absolute() or name[0] in ".~" or len(folder.parts) > 2:
+    if folder.is_absolute() or name[0] in ".~" or name.partition("@")[0].count("/") > 1:
         raise InputError(f"{name}: no such folder")
     folder = download(name, _MODEL_FILES)
     if not any(folder.glob("model*.safetensors")):

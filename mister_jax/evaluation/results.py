@@ -95,7 +95,7 @@ def evaluate(
     output = epath.Path(workdir if output is None else output)
     train_dataset = read_config(workdir).data.name
     key = split if features.name == train_dataset else f"{features.name}/{split}"
-    if key == split and not adapt_features and _has_changed(workdir, split, features):
+    if key == split and not adapt_features and _has_changed(predictor, split, features):
         logging.warning(
             "dataset %s: the split %s has changed since the training", features.name, split
         )
@@ -162,10 +162,15 @@ def evaluate(
     return scores
 
 
-def _has_changed(workdir: epath.PathLike, split: str, features: DialogueFeatures) -> bool:
-    """Returns whether a split has changed since the training. Training does not read all splits."""
-    stored = read_fingerprints(workdir).get(split)
-    return stored is not None and stored != features.fingerprint()
+def _has_changed(predictor: Predictor, split: str, features: DialogueFeatures) -> bool:
+    """Returns whether a split of a MiSTER-E model has changed since the training.
+
+    The result is False if the fingerprint is unknown. Training stores fingerprints of the splits
+    that it reads. Those of encoders are not of `features`, but of the labeled utterances.
+    """
+    stored = read_fingerprints(predictor.folder).get(split)
+    is_known = stored is not None and isinstance(predictor.task, FusionTask)
+    return is_known and stored != features.fingerprint()
 
 
 def _fit_calibration(
@@ -199,7 +204,7 @@ def _fit_calibration(
         )
     try:
         features = predictor.task.features(CALIBRATION_SPLIT)
-        if _has_changed(predictor.folder, CALIBRATION_SPLIT, features):
+        if _has_changed(predictor, CALIBRATION_SPLIT, features):
             raise InputError(
                 f"dataset {features.name}: the split {CALIBRATION_SPLIT} has changed since the "
                 "training; needed: the original data"

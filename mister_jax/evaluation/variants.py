@@ -142,8 +142,11 @@ class Study:
             folder = self.folder(variant)
             first = first_folders.setdefault(variant.config.data.to_json(), folder)
             if folder == first:
-                plan_run(variant.config, folder)  # compares the data with those of the training
-            elif read_fingerprints(folder) != read_fingerprints(first):
+                if self._models_at_once is None:  # Otherwise, `plan_groups` checks all variants.
+                    plan_run(variant.config, folder)  # compares the data with those of the training
+                continue
+            fingerprints, first_fingerprints = map(read_fingerprints, (folder, first))
+            if fingerprints and first_fingerprints and fingerprints != first_fingerprints:
                 raise InputError(
                     f"{folder}: trained on other data than {first}, so the scores cannot be "
                     "compared; use another workdir"

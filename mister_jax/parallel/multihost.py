@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,6 +40,32 @@ def assert_visible_to_all_processes(path: epath.PathLike) -> None:
         )
 
 
+@contextlib.contextmanager
+def same_error_in_all_processes() -> Iterator[None]:
+    """Raises the first `InputError` of any process in all processes, which must all call this."""
+    message = ""
+    try:
+        yield
+    except InputError as error:
+        if jax.process_count() == 1:
+            raise
+        message = str(error)
+    for gathered in _gather_json(message):
+        if gathered:
+            raise InputError(gathered)
+
+
+def _gather_json(value: Any) -> list[Any]:
+    """Returns the JSON values of all processes, which must all call this function."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(data))).ravel()
+    padded = np.pad(data, (0, lengths.max() - len(data)))
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
 def assert_same_in_all_processes(values: Mapping[str, str]) -> None:
     """Checks that all processes of a job have the same values; all must call this function.
 
@@ -47,15 +75,7 @@ def assert_same_in_all_processes(values: Mapping[str, str]) -> None:
     Raises:
       InputError: A value differs. All processes raise this error.
     """
-    if jax.process_count() == 1:
-        return
-    data = np.frombuffer(json.dumps(values).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array(len(data))).ravel()
-    padded = np.pad(data, (0, lengths.max() - len(data)))
-    rows = multihost_utils.process_allgather(padded)
-    first, *others = (
-        json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)
-    )
+    first, *others = _gather_json(dict(values))
     for process, other in enumerate(others, 1):
         for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):

@@ -19,6 +19,7 @@ _DATA_FIELDS = (
     *("name", "data_dir", "batch_size", "num_buckets", "standardize", "sampling", "seed"),
     *("folds", "fold", "fold_seed", "fold_splits", "validate_on_train"),
 )
+_REQUIRED = ("task", "seed", *_SECTIONS, "data.name", "data.data_dir", "data.batch_size")
 _MAX_SEED = 2**31  # Seeds of NumPy and JAX also fit in 32 bits.
 
 
@@ -84,7 +85,11 @@ def check_sections(config: Any) -> None:
             f"config: a {type(config).__name__}; needed: an ml_collections.ConfigDict, which the "
             "file's get_config returns"
         )
-    missing = [name for name in ("task", *_SECTIONS) if name not in config]
+    for name in _SECTIONS:
+        if not isinstance(config.get(name, ConfigDict()), ConfigDict):
+            raise InputError(f"config.{name}={config[name]!r}; needed: a section with fields")
+    present = {*config, *(f"data.{name}" for name in config.get("data", ()))}
+    missing = [name for name in _REQUIRED if name not in present]
     if missing:
         raise InputError(f"config: {', '.join(missing)} missing; needed in every experiment")
     for where, section, allowed in (

@@ -35,7 +35,11 @@ from mister_jax.data.split_guard import training_splits_only
 from mister_jax.errors import InputError
 from mister_jax.nn.initialization import jit_initialization
 from mister_jax.optim import make_optimizer, params_for_evaluation
-from mister_jax.parallel.multihost import assert_visible_to_all_processes, should_stop
+from mister_jax.parallel.multihost import (
+    assert_visible_to_all_processes,
+    same_error_in_all_processes,
+    should_stop,
+)
 from mister_jax.parallel.oom import explain_oom
 from mister_jax.parallel.partitioning import Partitioner
 from mister_jax.tasks.base import Task
@@ -159,8 +163,10 @@ def train_group(
         params = multi_seed.unstack_seeds(run_state["params"], len(seeds))[0]
         params = jax.eval_shape(template.to_tree, params)
         for plan in plans:
+            with same_error_in_all_processes():
+                if jax.process_index() == 0:
+                    stack.enter_context(lock(plan.workdir))
             if jax.process_index() == 0:
-                stack.enter_context(lock(plan.workdir))
                 write_description(
                     plan.workdir,
                     plan.config,

@@ -90,6 +90,9 @@ WRONG_USES = {
         "--config=DIR/empty.py --workdir=DIR/run": "empty.py: the file defines no function get_con",
         "--config=DIR/error.py --workdir=DIR/run": "error.py: line 2: ValueError: wrong\n",
         "--config=DIR/syntax.py --workdir=DIR/run": "syntax.py: line 1: SyntaxError: ",
+        "--config=DIR/error2.py --workdir=DIR/run": "error2.py: line 2: SyntaxError: wrong\n",
+        "--config=DIR/dict.py --epochs=3": "error: Unknown command line flag 'epochs'",
+        "--config=fusion.py --epochs=3": "error: Unknown command line flag 'epochs'",
         "--config=DIR/dict.py --workdir=DIR/run": "config: a dict; needed: an ml_collections.Conf",
         "--config=demo:x": "TypeError: get_config() takes 0 positional arguments but 1 was given",
         (
@@ -231,6 +234,7 @@ def folder(tmp_path_factory):
     (folder / "dir.csv").mkdir()
     (folder / "empty.py").write_text("")
     (folder / "error.py").write_text("def get_config():\n    raise ValueError('wrong')\n")
+    (folder / "error2.py").write_text("def get_config():\n    raise SyntaxError('wrong')\n")
     (folder / "syntax.py").write_text("def get_config()\n")
     (folder / "dict.py").write_text("def get_config():\n    return {'a': 1}\n")
     (folder / "encoder").mkdir()

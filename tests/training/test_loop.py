@@ -166,6 +166,7 @@ def test_a_diverging_training_stops_and_keeps_the_last_good_state(
         ({"data.seed": -1}, "data.seed=-1"),
         ({"seed": 2**31}, "config.seed=2147483648; allowed: 0 to"),
         ({"data.batchsize": 4}, "config.data: unknown batchsize; allowed: batch_size, data_dir, "),
+        ({"optimizer": None}, "config.optimizer=None; needed: a section with fields"),
         ({"extra": 4}, "config: unknown extra; allowed: data, encoder, head, loss"),
         ({"data.num_buckets": 0}, "num_buckets 0; allowed"),
         ({"data.fold_splits": "train"}, "fold_splits=train needs config.data.folds"),
