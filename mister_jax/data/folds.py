@@ -185,9 +185,10 @@ def load_fold(
             empty.
 
     Returns:
-        The dialogues of the split. In the test split, utterances outside the fold are unlabeled
-        context. For example, if the folds are speakers, these are the utterances of a dialogue's
-        other speakers. No dialogue with an utterance in the test fold is in the other splits.
+        The dialogues of the split. In the test split, utterances outside the fold are context
+        without labels, scores and ratings. For example, if the folds are speakers, these are the
+        utterances of a dialogue's other speakers. No dialogue with an utterance in the test fold is
+        in the other splits.
 
     Raises:
         InputError: The dataset, specification or fold does not exist, or no dialogue remains for
@@ -215,27 +216,40 @@ def select_fold(
     chosen = splits[split]
     if validate_on_train and split == "train":
         chosen = chosen | splits["validation"]
-    label = features.label
-    if split == "test":
-        label = np.where(folds.index == fold, label, UNLABELED).astype(label.dtype)
     rows = np.repeat(chosen, features.lengths)
     arrays: dict[str, Any] = {
         field: getattr(features, field)[rows] for field in _utterance_fields(features)
     }
+    if split == "test":
+        is_context = (folds.index != fold)[rows]
+        for field, missing in (("label", UNLABELED), ("score", np.nan), ("ratings", 0)):
+            if field in arrays:
+                arrays[field] = arrays[field].copy()
+                arrays[field][is_context] = missing
     return dataclasses.replace(
         features,
         split=split,
         dialogue_ids=tuple(np.array(features.dialogue_ids, object)[chosen]),
         lengths=features.lengths[chosen],
         metadata={**features.metadata, FOLD: folds.names[fold]},
-        **{**arrays, "label": label[rows]},
+        **arrays,
     )
 
 
 def check_folds(features: DialogueFeatures, folds: Folds) -> None:
-    """Raises InputError if a split of any fold has no dialogue."""
-    for fold in range(len(folds.names)):
-        _split_dialogues(features, folds, fold)
+    """Raises InputError if a split of any fold has no dialogue or no labeled utterance."""
+    is_labeled = features.label >= 0
+    for fold, name in enumerate(folds.names):
+        for split, chosen in _split_dialogues(features, folds, fold).items():
+            rows = np.repeat(chosen, features.lengths)
+            if split == "test":
+                rows = rows & (folds.index == fold)
+            if not (is_labeled & rows).any():
+                raise InputError(
+                    f"dataset {features.name}, fold {name} of {folds.spec!r}: no utterance of the "
+                    f"{split} split has a label; use fewer folds, such as "
+                    f"{folds.spec.partition(':')[0]}:{max(3, len(folds.names) // 2)}"
+                )
 
 
 def _split_dialogues(features: DialogueFeatures, folds: Folds, fold: int) -> dict[str, np.ndarray]:

@@ -48,7 +48,7 @@ def folds_of_dataset(config: ConfigDict, spec: str) -> list[Variant]:
 
     Raises:
       InputError: The dataset or the column in `spec` does not exist, the column has too few values,
-        or a split of a fold would have no dialogue.
+        or a split of a fold would have no dialogue or no labeled utterance.
     """
     splits = split_list(config.data.get("fold_splits", ""))
     pooled = load_pooled(config.data.name, config.data.data_dir or None, splits)
@@ -190,8 +190,14 @@ def _summarize(study: Study) -> dict[str, Any]:
         }
         for row, fold_scores in zip(study.rows(), scores, strict=True)
     ]
+    scored = [row for row in rows if row["utterances"]]
+    for row in rows:
+        if not row["utterances"]:
+            logging.warning(
+                "%s is left out of the mean, because no test utterance has a label", row["fold"]
+            )
     over_folds = {
-        name: metrics.mean_and_deviation([row[name] for row in rows])
+        name: metrics.mean_and_deviation([row[name] for row in scored])
         for name in metrics.SCORE_NAMES
     }
     confusion = np.sum([fold_scores["confusion"] for fold_scores in scores], axis=0)
@@ -229,7 +235,11 @@ def _test_rows(folds: Sequence[Variant], folders: Sequence[epath.Path]) -> list[
     labeled = [(row["dialogue"], row["utterance"]) for row in rows if row["label"] is not None]
     repeated = len(labeled) - len(set(labeled))
     if repeated:
-        logging.warning("%d utterances are in the test splits of several folds", repeated)
+        logging.warning(
+            "%d utterances with the same ids are in the test splits of several folds; the "
+            "intervals treat dialogues with the same id as one dialogue",
+            repeated,
+        )
     return rows
 
 

@@ -132,6 +132,13 @@ def evaluate(
             SplitPredictions.from_features(features, predictions) if is_calibrated else None,
         )
         warn_if_worse(features, scores["calibration"])
+    else:
+        logging.warning(
+            "dataset %s, split %s: no utterance has a label, so the scores are 0 without meaning; "
+            "predictions.jsonl contains the predictions",
+            features.name,
+            split,
+        )
     scores |= {
         "dataset": features.name,
         "checkpoint": {"epoch": predictor.progress["epoch"]},

@@ -258,7 +258,7 @@ def _load_initial_states(
     # A resumed run does not use the initial parameters, and the model in `init_from` may no longer
     # exist.
     if init_from and not all(_has_checkpoint(plan.workdir) for plan in plans):
-        start = InitialParams.load(init_from, first.config.task, len(first.seeds))
+        start = InitialParams.load(init_from, first.task, first.config, len(first.seeds))
         shapes = nnx.eval_shape(lambda: first.task.init(jax.random.key(0)))
         note = start.check(shapes, first.task.trainable)
         if not quiet and jax.process_index() == 0:

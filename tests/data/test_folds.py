@@ -84,6 +84,42 @@ def test_the_other_speaker_of_a_test_dialogue_is_context_without_labels():
     assert members(features, folds, 0, "train") == {"u6", "u7"}
 
 
+def test_context_has_no_scores_and_ratings():
+    features = dataclasses.replace(
+        make_features(["a", "b", "a", "b", "c", "c", "d", "d"], [0, 0, 1, 1, 2, 2, 3, 3]),
+        score=np.arange(8, dtype=np.float32),
+        ratings=np.ones((8, 2), np.float32),
+    )
+    test = select_fold(features, make_folds(features, "speaker"), 0, "test")
+    np.testing.assert_array_equal(test.score, [0, np.nan, 2, np.nan])
+    np.testing.assert_array_equal(test.ratings.any(1), [True, False, True, False])
+    assert features.score[1] == 1 and features.ratings.all()
+
+
+@pytest.mark.parametrize("speaker", ["a", "c"])
+def test_a_fold_without_labels_is_refused(speaker):
+    speakers = ["a", "b", "c", "d"] * 4
+    features = make_features(speakers)
+    label = np.where(np.array(speakers) == speaker, -1, features.label).astype(np.int32)
+    features = dataclasses.replace(features, label=label)
+    folds = make_folds(features, "speaker")
+    with pytest.raises(InputError, match=r"no utterance of the .* split has a label; use fewer fo"):
+        check_folds(features, folds)
+    with pytest.raises(InputError, match=f"fold {speaker} of 'speaker': no utterance of the test"):
+        check_folds(features, dataclasses.replace(folds, **reordered(folds, speaker)))
+
+
+def reordered(folds, first):
+    """Returns the fields of folds in which `first` is the first fold."""
+    start = folds.names.index(first)
+    order = [*range(start, len(folds.names)), *range(start)]
+    return {
+        "names": tuple(folds.names[index] for index in order),
+        "members": tuple(folds.members[index] for index in order),
+        "index": np.argsort(order)[folds.index],
+    }
+
+
 def test_sessions_and_speakers_of_iemocap_are_read_from_its_ids():
     ids = [
         f"Ses0{session}{first}_{part}_{speaker}00{number}"

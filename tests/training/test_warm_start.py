@@ -1,5 +1,7 @@
 """Training runs that start from the parameters of another run."""
 
+import dataclasses
+import re
 import shutil
 
 import jax
@@ -43,24 +45,29 @@ def test_training_starts_from_the_best_parameters(
     assert f"starting from {finished_workdir}: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("num_classes", [3, 4])
 def test_other_classes_get_a_new_classifier_and_keep_the_context_network(
-    finished_workdir, tmp_path, capsys
+    finished_workdir, tmp_path, capsys, num_classes
 ):
     features = Predictor(finished_workdir).task.model
     splits = data.generate_features(
         0,
         {"train": 4, "validation": 2, "test": 2},
-        num_classes=4,
+        num_classes=num_classes,
         speech_dim=features.speech_dim,
         text_dim=features.text_dim,
     )
+    names = tuple(f"class {number}" for number in range(num_classes))
+    splits = {name: dataclasses.replace(split, class_names=names) for name, split in splits.items()}
     data.write_features(splits, "other", tmp_path / "data")
     config = make_tiny_config(tmp_path / "data", "other")
     config.train.init_from = str(finished_workdir)
     (params,) = train_without_learning(config, tmp_path / "run")
     (expected,) = [leaves(params["trained"]) for params in Predictor(finished_workdir).params]
-    new = {name for name, value in params.items() if value.shape != expected[name].shape}
+    depending = re.compile("classifier|gate.*mlp_in.*kernel|crf")
+    new = {name for name in params if depending.search(name)}
     assert 0 < len(new) < len(params) / 2
+    assert features.num_classes == 3
     for name in params.keys() - new:
         np.testing.assert_allclose(params[name], expected[name], rtol=1e-6)
     note = next(line for line in capsys.readouterr().out.splitlines() if "starting from" in line)
