@@ -103,7 +103,7 @@ def test_a_fold_without_labels_is_refused(speaker):
     label = np.where(np.array(speakers) == speaker, -1, features.label).astype(np.int32)
     features = dataclasses.replace(features, label=label)
     folds = make_folds(features, "speaker")
-    with pytest.raises(InputError, match=r"no utterance of the .* split has a label; use fewer fo"):
+    with pytest.raises(InputError, match=r"no utterance of the .* split has a label; use fewer"):
         check_folds(features, folds)
     with pytest.raises(InputError, match=f"fold {speaker} of 'speaker': no utterance of the test"):
         check_folds(features, dataclasses.replace(folds, **reordered(folds, speaker)))
