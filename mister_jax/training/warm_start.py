@@ -13,6 +13,7 @@ from mister_jax.errors import InputError
 from mister_jax.predictor import Predictor
 from mister_jax.pretrained import find_model
 from mister_jax.tasks.base import Task
+from mister_jax.tasks.registry import task_class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _class_params(task: Task, config: ConfigDict) -> set[str]:
     if "model" in description:
         num_classes = len(description["class_names"])
         description["model"] = {**description["model"], "num_classes": num_classes}
-    larger = type(task).restore(config, description)
+    larger = task_class(config).restore(config, description)
     shapes, larger_shapes = (
         _by_name(nnx.as_pure(nnx.state(_abstract_model(it), it.trainable))) for it in (task, larger)
     )
