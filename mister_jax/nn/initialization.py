@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ _Result = TypeVar("_Result")
 _MAX_UNOPTIMIZED = 5_000_000
 
 
-def jit_initialization(function: Callable[..., _Result]) -> Callable[..., _Result]:
+class JitInitialization(Generic[_Result]):
     """Compiles a function that creates parameters and is called only a few times.
 
     On CPU, most of XLA's optimizations are disabled for up to `_MAX_UNOPTIMIZED` values, because
@@ -33,25 +33,34 @@ def jit_initialization(function: Callable[..., _Result]) -> Callable[..., _Resul
       function: Function of arrays, at least one of which is a `jax.Array`. The arguments of all
         calls must have the same shapes, types and devices, and must not be traced.
     """
-    compiled = None
 
-    def run(*args: Any) -> _Result:
-        nonlocal compiled
+    def __init__(self, function: Callable[..., _Result]):
+        self._function = function
+        self._lowered: Any = None
+        self._compiled: Any = None
+
+    def shapes(self, *args: Any) -> Any:
+        """Returns the shapes of the result. This traces the function, but does not compile it."""
         if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
-            return function(*args)
-        if compiled is None:
-            lowered = jax.jit(function).lower(*args)
+            return jax.eval_shape(self._function, *args)
+        if self._lowered is None:
+            self._lowered = jax.jit(self._function).lower(*args)
+        return self._lowered.out_info
+
+    def __call__(self, *args: Any) -> _Result:
+        """Returns the result of the function."""
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            return self._function(*args)
+        if self._compiled is None:
+            num_values = sum(leaf.size for leaf in jax.tree.leaves(self.shapes(*args)))
             arrays = (leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array))
             options: dict[str, Any] = {}
             if all(device.platform == "cpu" for device in next(arrays).devices()):
-                num_values = sum(leaf.size for leaf in jax.tree.leaves(lowered.out_info))
                 options["xla_cpu_use_fusion_emitters"] = False
                 if not jax.config.read("jax_disable_most_optimizations"):  # The flag sets level 0.
                     options["xla_backend_optimization_level"] = int(num_values > _MAX_UNOPTIMIZED)
-            compiled = lowered.compile(compiler_options=options)
-        return compiled(*args)
-
-    return run
+            self._compiled = self._lowered.compile(compiler_options=options)
+        return self._compiled(*args)
 
 
 def create_in_one_program(make: Callable[[nnx.Rngs], _Result], rngs: nnx.Rngs) -> _Result:
@@ -78,7 +87,7 @@ def create_in_one_program(make: Callable[[nnx.Rngs], _Result], rngs: nnx.Rngs) -
         created_graph, state = nnx.split(make(rngs_in_program))
         return state, {name: stream.count.get_value() for name, stream in rngs_in_program.items()}
 
-    state, new_counts = jit_initialization(create)(keys)
+    state, new_counts = JitInitialization(create)(keys)
     for name, stream in streams.items():
         is_jax = isinstance(stream.count.get_value(), jax.Array)
         stream.count.set_value(new_counts[name] if is_jax else np.asarray(new_counts[name]))

@@ -130,6 +130,9 @@ class Partitioner(Protocol):
     def put_state(self, state: State) -> State:
         """Takes a single copy of a state, and replicates or shards it over the devices."""
 
+    def abstract_state(self, shapes: State) -> State:
+        """Returns the shapes and shardings of a state after `put_state`, from its shapes before."""
+
     def put_batch(self, batch: Batch) -> Batch:
         """Places this process's rows of a global batch on the devices of this process."""
 
@@ -176,6 +179,14 @@ class JitPartitioner:
     def put_state(self, state: State) -> State:
         """Shards the state according to the rules."""
         return jax.tree.map(_put, state, shardings(state, self.mesh, self.rules))
+
+    def abstract_state(self, shapes: State) -> State:
+        """Returns the shapes with the shardings from the rules."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            shardings(shapes, self.mesh, self.rules),
+        )
 
     def put_batch(self, batch: Batch) -> Batch:
         """Assembles the global batch from each process's rows."""
@@ -265,6 +276,15 @@ class PmapPartitioner:
             return jax.device_put(copies, self.leading)
 
         return jax.tree.map(replicate, state)
+
+    def abstract_state(self, shapes: State) -> State:
+        """Returns the shapes with a leading axis of this process's devices."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                (len(self.devices), *leaf.shape), leaf.dtype, sharding=self.leading
+            ),
+            shapes,
+        )
 
     def put_batch(self, batch: Batch) -> Batch:
         """Splits this process's rows among its devices."""

@@ -33,7 +33,7 @@ from mister_jax.data import import_tensorflow, prefetch_to_device
 from mister_jax.data.batching import is_short_training
 from mister_jax.data.split_guard import training_splits_only
 from mister_jax.errors import InputError
-from mister_jax.nn.initialization import jit_initialization
+from mister_jax.nn.initialization import JitInitialization
 from mister_jax.optim import make_optimizer, params_for_evaluation
 from mister_jax.parallel.multihost import (
     assert_visible_to_all_processes,
@@ -159,9 +159,8 @@ def train_group(
         hint = f"a smaller --models_at_once, {hint}"
     with contextlib.ExitStack() as stack:
         stack.enter_context(explain_oom(str(first.workdir), activity, hint))
-        template, run_state = _load_initial_states(plans, shared, quiet)
-        params = multi_seed.unstack_seeds(run_state["params"], len(seeds))[0]
-        params = jax.eval_shape(template.to_tree, params)
+        template, shapes, make_state = _load_initial_states(plans, shared, quiet)
+        params = jax.eval_shape(template.to_tree, shapes["params"])
         for plan in plans:
             with same_error_in_all_processes():
                 if jax.process_index() == 0:
@@ -183,15 +182,13 @@ def train_group(
             )
             for plan in plans
         ]
-        # All runs have the same seeds, and start from the same parameters.
-        state = multi_seed.join_runs([run_state] * len(runs), len(seeds))
-        if shared is not None:
-            state = {**state, "constants": shared.constants(runs, len(seeds))}
         # Groups that share steps need the same `is_short`, so they use the number of steps of the
         # longest run in all of these groups.
         num_steps = first.total_steps if shared is None else shared.num_steps
+        leaves = jax.tree.leaves((shapes["params"], shapes["frozen"]))
+        num_values = sum(leaf.size for leaf in leaves)
         is_short = is_short_training(
-            optax.tree.size((state["params"], state["frozen"])),
+            len(runs) * len(seeds) * num_values,
             num_steps * math.prod(train_batches.largest_shape),
         )
         loop = _TrainingLoop(
@@ -203,8 +200,16 @@ def train_group(
             validation_batches=validation_batches,
             steps=_compiled_steps(plans, shared, template, is_short),
             stop=stack.enter_context(stop_on_signals()),
+            executor=stack.enter_context(_background_executor()),
             on_step=on_step or (lambda step: None),
         )
+        if shared is None and not _has_checkpoint(first.workdir):
+            # While the first step is compiled, compute the initial state.
+            loop.start_compiling(multi_seed.stacked_shapes(shapes, len(seeds)))
+        # All runs have the same seeds, and start from the same parameters.
+        state = multi_seed.join_runs([make_state()] * len(runs), len(seeds))
+        if shared is not None:
+            state = {**state, "constants": shared.constants(runs, len(seeds))}
         loop.run(state, quiet)
         if loop.stop.by_ctrl_c:
             raise KeyboardInterrupt
@@ -248,10 +253,16 @@ def _evaluation_tree(template: ModelTemplate, params: Any, opt_state: Any) -> An
 
 def _load_initial_states(
     plans: Sequence[RunPlan], shared: SharedSteps | None, quiet: bool
-) -> tuple[ModelTemplate, Any]:
-    """Returns the model template and the stacked initial states of one run's seeds."""
+) -> tuple[ModelTemplate, Any, Callable[[], Any]]:
+    """Prepares the initial states of one run's seeds.
+
+    Returns:
+      The model template, the shapes of the state of one seed, and a function that computes the
+      stacked initial states.
+    """
     if shared is not None and shared.initial_states is not None:
-        return shared.initial_states
+        template, shapes, state = shared.initial_states
+        return template, shapes, lambda: state
     first = plans[0]
     init_from = first.options.init_from
     start = None
@@ -264,11 +275,15 @@ def _load_initial_states(
         if not quiet and jax.process_index() == 0:
             print(note, flush=True)
     optimizer = make_optimizer(first.optimizer, first.total_steps)
-    template, state = _initial_states(first.task, optimizer, first.seeds, first.partitioner, start)
+    template, shapes, make_state = _initial_states(
+        first.task, optimizer, first.seeds, first.partitioner, start
+    )
     if shared is not None and not init_from:
         # Keep a copy on the host, because the training step donates the state's buffers.
-        shared.initial_states = template, jax.device_get(state)
-    return template, state
+        state = jax.device_get(make_state())
+        shared.initial_states = template, shapes, state
+        return template, shapes, lambda: state
+    return template, shapes, make_state
 
 
 def _has_checkpoint(workdir: epath.Path) -> bool:
@@ -282,8 +297,8 @@ def _initial_states(
     seeds: Sequence[int],
     partitioner: Any,
     start: InitialParams | None = None,
-) -> tuple[ModelTemplate, Any]:
-    """Returns the model template and the stacked states of all seeds."""
+) -> tuple[ModelTemplate, Any, Callable[[], Any]]:
+    """Prepares the states of all seeds; see `_load_initial_states`."""
     template: Any = None
     as_vectors = not task.sharding_rules
 
@@ -304,14 +319,22 @@ def _initial_states(
         )
         return state
 
-    if as_vectors:  # These tasks load no pretrained weights, so JAX can trace `make_state`.
-        # One program for the whole initialization is faster than one program per parameter.
-        make_state = jit_initialization(make_state)
-    states = [
-        make_state(jax.random.key(seed), None if start is None else start.for_seed(index))
+    arguments = [
+        (jax.random.key(seed), None if start is None else start.for_seed(index))
         for index, seed in enumerate(seeds)
     ]
-    return template, multi_seed.stack_seeds(states)
+    if as_vectors:  # These tasks load no pretrained weights, so JAX can trace `make_state`.
+        # One program for the whole initialization is faster than one program per parameter.
+        initialize = JitInitialization(make_state)
+        shapes = initialize.shapes(*arguments[0])
+        return (
+            template,
+            shapes,
+            lambda: multi_seed.stack_seeds([initialize(*it) for it in arguments]),
+        )
+    states = multi_seed.stack_seeds([make_state(*it) for it in arguments])
+    shapes = jax.eval_shape(lambda: multi_seed.unstack_seeds(states, len(seeds))[0])
+    return template, shapes, lambda: states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,6 +368,7 @@ class _TrainingLoop:
     validation_batches: RunBatches
     steps: CompiledSteps
     stop: StopRequest
+    executor: concurrent.futures.Executor
     on_step: Callable[[int], None]
     last_save: float = dataclasses.field(default_factory=time.monotonic)
     """Time of the last checkpoint, or of the start."""
@@ -352,8 +376,19 @@ class _TrainingLoop:
     """Best parameters that are not in a checkpoint yet, by run."""
     first_metrics: tuple[int, float] | None = None
     """Step and time at which this process first read metrics."""
+    first_program: concurrent.futures.Future[Any] | None = None
+    """Program of the first step, if `start_compiling` has been called."""
+    compile_start: float = dataclasses.field(default_factory=time.perf_counter)
+    """Time at which the compilation started."""
     has_printed_time: bool = False
     """Whether this process has printed the expected time."""
+
+    def start_compiling(self, shapes: Any) -> None:
+        """Starts compiling the first training step of a new run, before the state is known."""
+        shape = self.train_batches.shapes_by_first_use(0, 0)[0]
+        batch = self.partitioner.put_batch(self.train_batches.example_batch(shape))
+        state = self.partitioner.abstract_state(shapes)
+        self.first_program = self.steps.train.compile(self.executor, state, batch)
 
     def run(self, state: Any, quiet: bool) -> None:
         """Trains until the last epoch, early stopping or a request to stop."""
@@ -370,11 +405,10 @@ class _TrainingLoop:
                 run.writer = MetricWriter(run.plan.workdir, run.step)
                 stack.enter_context(contextlib.closing(run.writer))
             stack.enter_context(reporter)
-            executor = stack.enter_context(_background_executor())
             self._print_start(reporter, resumed is not None, was_finished)
             if not self._is_finished():
                 reporter.print(self._summary())
-                self._compile(executor, state, reporter)
+                self._compile(state, reporter)
             if jax.process_count() == 1:  # After an error, the best parameters may be unsaved.
                 for index in range(len(self.runs)):
                     stack.callback(self._save_best, index)
@@ -459,9 +493,7 @@ class _TrainingLoop:
             f"{rows} x {length}"
         )
 
-    def _compile(
-        self, executor: concurrent.futures.Executor, state: Any, reporter: ProgressReporter
-    ) -> None:
+    def _compile(self, state: Any, reporter: ProgressReporter) -> None:
         """Starts compiling the steps for every batch shape, in the order of their first use.
 
         Returns when the first step's program is ready. The other programs are compiled in the
@@ -478,19 +510,23 @@ class _TrainingLoop:
         ]
         # An earlier group of runs may have compiled the shared steps.
         jobs = [(step, batch) for step, batch in examples if not step.has_program(batch)]
-        if not jobs:
+        num_jobs = len(jobs) + (self.first_program is not None)
+        if not num_jobs:
             return
-        reporter.print(f"compiling {len(jobs)} programs; the first step needs one")
-        start = time.perf_counter()
-        for index, (compiled_step, batch) in enumerate(jobs):
-            program = compiled_step.compile(executor, state, batch)
-            if index == 0:
-                # Meanwhile, do other slow work that would delay the first epoch.
-                _import_slow_packages()
-                for run in self.runs:
-                    _ = run.learning_rates
-                program.result()
-                reporter.print(f"ready for the first step in {time.perf_counter() - start:.1f} s")
+        reporter.print(f"compiling {num_jobs} programs; the first step needs one")
+        if self.first_program is None:
+            self.compile_start = time.perf_counter()
+            compiled_step, batch = jobs.pop(0)
+            self.first_program = compiled_step.compile(self.executor, state, batch)
+        # Meanwhile, do other slow work that would delay the first epoch.
+        _import_slow_packages()
+        for run in self.runs:
+            _ = run.learning_rates
+        self.first_program.result()
+        seconds = time.perf_counter() - self.compile_start
+        reporter.print(f"ready for the first step in {seconds:.1f} s")
+        for compiled_step, batch in jobs:
+            compiled_step.compile(self.executor, state, batch)
 
     def _saved_part(self, state: Any) -> Any:
         """Returns a single copy of the state, without the parts that never change."""

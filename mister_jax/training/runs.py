@@ -170,15 +170,15 @@ class SharedSteps:
       validation_shapes: Shapes of the validation batches.
       num_steps: Number of steps of the longest run.
       compiled_steps: Compiled steps by number of simultaneous runs, filled in by `train_group`.
-      initial_states: Model template and stacked initial states of one run's seeds, filled in by
-        `train_group` if the runs start from random parameters.
+      initial_states: Model template, shapes of one seed's state, and stacked initial states of one
+        run's seeds, filled in by `train_group` if the runs start from random parameters.
     """
 
     train_shapes: tuple[Shape, ...]
     validation_shapes: tuple[Shape, ...]
     num_steps: int
     compiled_steps: dict[int, CompiledSteps] = dataclasses.field(default_factory=dict)
-    initial_states: tuple[ModelTemplate, Any] | None = None
+    initial_states: tuple[ModelTemplate, Any, Any] | None = None
 
     def constants(self, runs: Sequence[TrainingRun], num_seeds: int) -> Any:
         """Returns the arrays that the runs' steps read as constants, stacked over all models."""

@@ -154,6 +154,18 @@ def test_devices_do_not_change_a_step_of_the_model_variants(
     assert_same_results(results, one_device_variants_results)
 
 
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+def test_abstract_states_have_the_shapes_and_shardings_of_placed_states(task, optimizer, backend):
+    partitioner = partitioner_of(backend, 8)
+    _, state = initial_state(task, optimizer, seed=0)
+    abstract = partitioner.abstract_state(jax.eval_shape(lambda: state))
+    for leaf, placed in zip(
+        jax.tree.leaves(abstract), jax.tree.leaves(partitioner.put_state(state)), strict=True
+    ):
+        assert (leaf.shape, leaf.dtype) == (placed.shape, placed.dtype)
+        assert leaf.sharding.is_equivalent_to(placed.sharding, placed.ndim)
+
+
 def test_rules_shard_parameters_and_their_moments(task, optimizer):
     _, state = initial_state(task, optimizer, seed=0)
     mesh = data_mesh(2)
