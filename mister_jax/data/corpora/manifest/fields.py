@@ -36,10 +36,7 @@ FIELDS = (
 """Names of an utterance's fields. The docstring of `reader` describes each field."""
 
 Interval = tuple[float | None, float | None]
-"""Start and end in seconds.
-
-In a recording, a start of None is the beginning, and an end of None is the end.
-"""
+"""Start and end in seconds; None for the beginning or the end of the recording."""
 
 _MISSPELLING_CUTOFF = 0.8  # difflib's similarity: 0.8 for "lable", 0.9 for "audio_strat"
 
