@@ -11,11 +11,26 @@ from absl import logging
 
 from mister_jax import metrics
 from mister_jax.calibration import fit_calibration, negative_log_likelihood, write_calibration
+from mister_jax.data import DialogueFeatures
+from mister_jax.errors import InputError
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.split_predictions import SplitPredictions
 from mister_jax.predictor import Predictions, Predictor
+from mister_jax.tasks.fusion import FusionTask
+from mister_jax.workdir import read_fingerprints
 
 CALIBRATION_SPLIT = "validation"
+
+
+def has_changed(predictor: Predictor, features: DialogueFeatures) -> bool:
+    """Returns whether a split of the training dataset of MiSTER-E has changed since the training.
+
+    The result is False if the fingerprint is unknown. Training stores fingerprints of the splits
+    that it reads. Those of encoders are not of `features`, but of the labeled utterances.
+    """
+    stored = read_fingerprints(predictor.folder).get(features.split)
+    is_known = stored is not None and isinstance(predictor.task, FusionTask)
+    return is_known and stored != features.fingerprint()
 
 
 def fit_on_validation(
@@ -36,9 +51,14 @@ def fit_on_validation(
       quiet: Whether to hide progress.
 
     Raises:
-      InputError: The validation split of the training dataset is not available.
+      InputError: The validation split of the training dataset is not available, or has changed.
     """
     features = predictor.task.features(CALIBRATION_SPLIT)
+    if has_changed(predictor, features):
+        raise InputError(
+            f"dataset {features.name}: the split {CALIBRATION_SPLIT} has changed since the "
+            "training; needed: the original data"
+        )
     if per_seed is None:
         per_seed = predictor.predict_per_seed(features, quiet=quiet)
     predictor.calibration = None

@@ -21,6 +21,7 @@ from mister_jax.evaluation import figures
 from mister_jax.evaluation.calibration import (
     CALIBRATION_SPLIT,
     fit_on_validation,
+    has_changed,
     summarize_calibration,
     warn_if_worse,
 )
@@ -32,7 +33,7 @@ from mister_jax.evaluation.split_predictions import SplitPredictions
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
 from mister_jax.predictor import Predictions, Predictor, prediction_rows
 from mister_jax.tasks.fusion import FusionTask
-from mister_jax.workdir import read_config, read_fingerprints
+from mister_jax.workdir import read_config
 
 
 def evaluate(
@@ -95,7 +96,7 @@ def evaluate(
     output = epath.Path(workdir if output is None else output)
     train_dataset = read_config(workdir).data.name
     key = split if features.name == train_dataset else f"{features.name}/{split}"
-    if key == split and not adapt_features and _has_changed(predictor, split, features):
+    if key == split and not adapt_features and has_changed(predictor, features):
         logging.warning(
             "dataset %s: the split %s has changed since the training", features.name, split
         )
@@ -169,17 +170,6 @@ def evaluate(
     return scores
 
 
-def _has_changed(predictor: Predictor, split: str, features: DialogueFeatures) -> bool:
-    """Returns whether a split of a MiSTER-E model has changed since the training.
-
-    The result is False if the fingerprint is unknown. Training stores fingerprints of the splits
-    that it reads. Those of encoders are not of `features`, but of the labeled utterances.
-    """
-    stored = read_fingerprints(predictor.folder).get(split)
-    is_known = stored is not None and isinstance(predictor.task, FusionTask)
-    return is_known and stored != features.fingerprint()
-
-
 def _fit_calibration(
     predictor: Predictor,
     validation: Sequence[Predictions] | None,
@@ -210,12 +200,6 @@ def _fit_calibration(
             "not trained on it"
         )
     try:
-        features = predictor.task.features(CALIBRATION_SPLIT)
-        if _has_changed(predictor, CALIBRATION_SPLIT, features):
-            raise InputError(
-                f"dataset {features.name}: the split {CALIBRATION_SPLIT} has changed since the "
-                "training; needed: the original data"
-            )
         fit_on_validation(predictor, validation, with_bias=kind == "bias", quiet=quiet)
     except (InputError, OSError) as error:
         if kind is not None:

@@ -296,6 +296,7 @@ def test_without_labels_in_validation_there_is_no_calibration(run, monkeypatch, 
     validation = predictor.task.features("validation")
     unlabeled = dataclasses.replace(validation, label=np.full_like(validation.label, -1))
     monkeypatch.setattr(predictor.task, "features", lambda split: unlabeled)
+    (run / "data.json").unlink()  # has the fingerprint of the labeled split
     fit_on_validation(predictor, quiet=True)
     assert predictor.calibration is None and not (run / CALIBRATION_FILE).exists()
     assert "no utterance of validation has a label" in caplog.text
