@@ -25,6 +25,7 @@ from mister_jax.data.schema import MODALITIES
 from mister_jax.errors import InputError
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.figures import plot_confusion
+from mister_jax.evaluation.scores import score_other_targets
 from mister_jax.evaluation.split_predictions import NO_VOTE, SplitPredictions
 from mister_jax.evaluation.variants import Row, Study, Variant
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
@@ -40,6 +41,22 @@ _COLUMNS = {
     "accuracy": "WA (accuracy)",
     "macro_f1": "macro F1",
     "weighted_f1": "weighted F1",
+}
+
+# Scores of `score_other_targets`, which only some models and datasets have: entry in the scores of
+# a split -> {name of the score: title}.
+_OTHER_COLUMNS = {
+    "regression": {
+        "mae": "MAE",
+        "pearson_r": "Pearson's r",
+        "accuracy_7": "7-class accuracy",
+        "accuracy_5": "5-class accuracy",
+    },
+    "raters": {
+        "kl_divergence": "KL divergence",
+        "js_divergence": "JS divergence",
+        "any_rater_accuracy": "any-rater accuracy",
+    },
 }
 
 
@@ -132,10 +149,12 @@ def cross_validate(
 
       - "folds": For each fold, the name ("fold"), the values of the column that are in the fold, as
         text ("members"; empty if the fold is named after its only value), the number of labeled
-        test "utterances", and the mean of each score over the seeds.
+        test "utterances", and the mean of each score over the seeds. If the model predicts scores
+        or the dataset has ratings, the ensemble's scores on them follow; see
+        `scores.score_other_targets`.
       - "mean" and "deviation": Mean and standard deviation of each score over the folds.
-      - "pooled": Scores of the test predictions of all folds together. With several seeds, the
-        ensemble's predictions are scored.
+      - "pooled": Scores of the test predictions of all folds together, with the entries of
+        `scores.score_other_targets`. With several seeds, the ensemble's predictions are scored.
       - "pooled_intervals": Confidence intervals of the pooled scores.
       - "confusion": Confusion matrix of the pooled predictions.
 
@@ -187,6 +206,12 @@ def _summarize(study: Study) -> dict[str, Any]:
             "members": row["change"],
             "utterances": fold_scores["utterances"],
             **{name: row["test"]["mean"][name] for name in metrics.SCORE_NAMES},
+            **{
+                name: fold_scores[entry].get(name)
+                for entry, titles in _OTHER_COLUMNS.items()
+                if entry in fold_scores
+                for name in titles
+            },
         }
         for row, fold_scores in zip(study.rows(), scores, strict=True)
     ]
@@ -200,6 +225,10 @@ def _summarize(study: Study) -> dict[str, Any]:
         name: metrics.mean_and_deviation([row[name] for row in scored])
         for name in metrics.SCORE_NAMES
     }
+    for name in _other_titles(rows):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values:
+            over_folds[name] = metrics.mean_and_deviation(values)
     confusion = np.sum([fold_scores["confusion"] for fold_scores in scores], axis=0)
     predicted_rows = _test_rows(study.variants, folders)
     predictions = pool_predictions(predicted_rows, class_names)
@@ -207,7 +236,10 @@ def _summarize(study: Study) -> dict[str, Any]:
         "folds": rows,
         "mean": {name: mean for name, (mean, _) in over_folds.items()},
         "deviation": {name: deviation for name, (_, deviation) in over_folds.items()},
-        "pooled": metrics.classification_scores(confusion, class_names),
+        "pooled": {
+            **metrics.classification_scores(confusion, class_names),
+            **_score_pooled_targets(predicted_rows, predictions),
+        },
         "pooled_intervals": _intervals(predictions),
         "confusion": confusion.tolist(),
     }
@@ -280,6 +312,42 @@ def pool_predictions(
     )
 
 
+def _score_pooled_targets(
+    rows: Sequence[Mapping[str, Any]], predictions: SplitPredictions
+) -> dict[str, Any]:
+    """Returns the result of `score_other_targets` for the test predictions of all folds."""
+
+    def column(name: str) -> np.ndarray | None:
+        """Returns the numbers in a column, NaN if unknown; None if no row has the column."""
+        if not any(name in row for row in rows):
+            return None
+        return np.array([row.get(name) for row in rows], float)
+
+    ratings = None
+    if any("ratings" in row for row in rows):
+        no_ratings = dict.fromkeys(predictions.class_names, 0)
+        counts = [row.get("ratings", no_ratings) for row in rows]
+        ratings = np.array([[row[name] for name in predictions.class_names] for row in counts])
+    return score_other_targets(
+        predictions.class_names,
+        predictions.label,
+        predictions.probabilities,
+        score=column("true_score"),
+        predicted_score=column("score"),
+        ratings=ratings,
+    )
+
+
+def _other_titles(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns the names and titles of the `_OTHER_COLUMNS` that some fold has."""
+    return {
+        name: title
+        for titles in _OTHER_COLUMNS.values()
+        for name, title in titles.items()
+        if any(name in row for row in rows)
+    }
+
+
 def _intervals(predictions: SplitPredictions) -> dict[str, dict[str, float | None]]:
     """Returns the confidence intervals of the pooled scores from a bootstrap over dialogues."""
     scores = DialogueBootstrap(predictions).scores(predictions.predicted)
@@ -287,7 +355,10 @@ def _intervals(predictions: SplitPredictions) -> dict[str, dict[str, float | Non
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Returns a Markdown table with the scores of each fold, and of all folds."""
+    """Returns Markdown tables with the scores of each fold, and of all folds.
+
+    Scores of `score_other_targets` are in a second table.
+    """
     lines = [
         f"| fold | utterances | {' | '.join(_COLUMNS.values())} |",
         f"|---|---{'|---' * len(_COLUMNS)}|",
@@ -300,7 +371,25 @@ def markdown(result: Mapping[str, Any]) -> str:
     cells = (_interval_cell(result["pooled_intervals"][name]) for name in _COLUMNS)
     utterances = result["pooled"]["utterances"]
     lines.append(f"| pooled | {utterances} | {' | '.join(cells)} |")
+    other = _other_titles(result["folds"])
+    if other:
+        lines += ["", f"| fold | {' | '.join(other.values())} |", f"|---{'|---' * len(other)}|"]
+        for row in result["folds"]:
+            lines.append(
+                f"| {row['fold']} | {' | '.join(_cell(row.get(name)) for name in other)} |"
+            )
+        mean, deviation = (
+            [result[key].get(name) for name in other] for key in ("mean", "deviation")
+        )
+        cells = (f"{_cell(a)} ± {_cell(b)}" for a, b in zip(mean, deviation, strict=True))
+        lines.append(f"| mean ± deviation | {' | '.join(cells)} |")
+        pooled = {**result["pooled"].get("regression", {}), **result["pooled"].get("raters", {})}
+        lines.append(f"| pooled | {' | '.join(_cell(pooled.get(name)) for name in other)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _interval_cell(estimate: Mapping[str, float | None]) -> str:
@@ -312,8 +401,9 @@ def _interval_cell(estimate: Mapping[str, float | None]) -> str:
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["fold", "members", "utterances", *metrics.SCORE_NAMES])
+    names = (*metrics.SCORE_NAMES, *_other_titles(rows))
+    writer.writerow(["fold", "members", "utterances", *names])
     for row in rows:
-        scores = [row[name] for name in metrics.SCORE_NAMES]
+        scores = [row.get(name) for name in names]
         writer.writerow([row["fold"], row["members"], row["utterances"], *scores])
     return file.getvalue()

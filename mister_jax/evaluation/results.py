@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -209,21 +210,34 @@ def _fit_calibration(
 
 
 def _labeled_rows(features: DialogueFeatures, predictions: Predictions) -> Iterator[dict]:
-    """Yields a split's rows for `predictions.jsonl`, in the stored order of the utterances."""
+    """Yields a split's rows for `predictions.jsonl`, in the stored order of the utterances.
+
+    Next to the label, a row contains the annotated score ("true_score", None if unknown) and the
+    number of raters who chose each class ("ratings"), if the dataset has them.
+    """
     names = features.class_names
     dialogues = np.repeat(np.arange(len(features.lengths)), features.lengths)
     # `Utterances`, on which encoders are trained, have no extra columns.
     metadata = getattr(features, "utterance_metadata", None)
+    ratings = getattr(features, "ratings", None)
     rows = prediction_rows(names, predictions)
     for index, (dialogue, row) in enumerate(zip(dialogues, rows, strict=True)):
         label = features.label[index]
         columns = {} if metadata is None else json.loads(metadata[index])
+        annotations: dict[str, Any] = {}
+        if features.score is not None:
+            score = round(float(features.score[index]), 6)
+            annotations["true_score"] = None if math.isnan(score) else score
+        if ratings is not None:
+            counts = (round(count, 6) for count in ratings[index].tolist())
+            annotations["ratings"] = dict(zip(names, counts, strict=True))
         yield {
             "dataset": features.name,
             "split": features.split,
             "dialogue": str(features.dialogue_ids[dialogue]),
             "utterance": str(features.utterance_ids[index]),
             "label": names[label] if label >= 0 else None,
+            **annotations,
             **({"metadata": columns} if columns else {}),
             **row,
         }

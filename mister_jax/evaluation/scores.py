@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,7 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
         "area_under_risk_coverage".
       - For MiSTER-E, "mean_gate" (mean gate weight of each expert), "experts" (scores of each
         expert) and "without_gate" (score of the mean of the experts' logits).
-      - "sentiment", the result of `metrics.binary_sentiment`, if the utterances have scores and the
-        classes are negative and positive; see `metrics.positive_class`.
-      - "regression", the result of `metrics.regression_scores`, if the model predicts scores.
-      - "raters", the result of `metrics.rater_scores`, if the dataset has ratings.
+      - The result of `score_other_targets`.
       - "reference_scores", if the dataset's metadata contains scores of reference classifiers.
     """
     num_classes = len(features.class_names)
@@ -67,16 +65,54 @@ def score_predictions(features: DialogueFeatures, predictions: Predictions) -> d
             confusion(predict_without_gate(predictions), labeled), features.class_names
         )
         scores["without_gate"] = {"weighted_f1": mean["weighted_f1"]}
-    positive_class = metrics.positive_class(features.class_names)
-    if features.score is not None and positive_class is not None:
-        scores["sentiment"] = metrics.binary_sentiment(
-            np.where(labeled, features.score, np.nan), predicted == positive_class
-        )
-    ratings = getattr(features, "ratings", None)  # `Utterances` have no ratings.
-    if ratings is not None:
-        scores["raters"] = metrics.rater_scores(ratings, predictions["probabilities"])
-    if features.score is not None and "score" in predictions:
-        scores["regression"] = metrics.regression_scores(features.score, predictions["score"])
+    scores |= score_other_targets(
+        features.class_names,
+        features.label,
+        predictions["probabilities"],
+        score=features.score,
+        predicted_score=predictions.get("score"),
+        ratings=getattr(features, "ratings", None),  # `Utterances` have no ratings.
+    )
     if "reference_scores" in features.metadata:
         scores["reference_scores"] = features.metadata["reference_scores"]
+    return scores
+
+
+def score_other_targets(
+    class_names: Sequence[str],
+    label: np.ndarray,
+    probabilities: np.ndarray,
+    *,
+    score: np.ndarray | None,
+    predicted_score: np.ndarray | None,
+    ratings: np.ndarray | None,
+) -> dict[str, Any]:
+    """Scores predictions against annotated scores and against the choices of raters.
+
+    Args:
+      class_names: Names of the C classes.
+      label: True classes, [N], -1 for unlabeled utterances.
+      probabilities: Class probabilities, [N, C].
+      score: Annotated scores, [N], NaN if unknown; None if the dataset has none.
+      predicted_score: Predicted scores, [N]; None if the model predicts none.
+      ratings: Number of raters who chose each class, [N, C]; None if the dataset has none.
+
+    Returns:
+      A dict with these entries:
+
+      - "sentiment", the result of `metrics.binary_sentiment`, if the utterances have scores and the
+        classes are negative and positive; see `metrics.positive_class`.
+      - "regression", the result of `metrics.regression_scores`, if the model predicts scores.
+      - "raters", the result of `metrics.rater_scores`, if the dataset has ratings.
+    """
+    scores: dict[str, Any] = {}
+    positive_class = metrics.positive_class(class_names)
+    if score is not None and positive_class is not None:
+        scores["sentiment"] = metrics.binary_sentiment(
+            np.where(label >= 0, score, np.nan), probabilities.argmax(-1) == positive_class
+        )
+    if ratings is not None:
+        scores["raters"] = metrics.rater_scores(ratings, probabilities)
+    if score is not None and predicted_score is not None:
+        scores["regression"] = metrics.regression_scores(score, predicted_score)
     return scores

@@ -1,5 +1,6 @@
 """Cross-validation: folds that resume, pooled scores, and no leak of the test fold."""
 
+import csv
 import dataclasses
 import json
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, recall_score
 
-from mister_jax import data
+from mister_jax import data, metrics
 from mister_jax.calibration import CALIBRATION_FILE
 from mister_jax.data.folds import load_fold, load_pooled
 from mister_jax.errors import InputError
@@ -153,6 +154,41 @@ def test_datasets_with_splits_of_their_own_are_folds(config, tiny_data_dir, tmp_
     assert [row["fold"] for row in result["folds"]] == ["fold_first", "fold_second"]
     counts = [(splits[name].label >= 0).sum() for name in ("test", "train")]
     assert [row["utterances"] for row in result["folds"]] == counts
+
+
+def test_scores_of_numbers_and_raters_are_pooled(tiny_data_dir, tmp_path):
+    random = np.random.default_rng(0)
+    splits = {}
+    for split in data.SPLITS:
+        features = data.load_features("tiny", split, tiny_data_dir)
+        score = random.uniform(-3, 3, len(features.label)).astype(np.float32)
+        score[::5] = np.nan
+        ratings = random.integers(0, 4, (len(score), 3)).astype(np.float32)
+        splits[split] = dataclasses.replace(features, score=score, ratings=ratings)
+    data.write_features(splits, "annotated", tmp_path / "data")
+    config = make_tiny_config(
+        tmp_path / "data", "annotated,score", **{"train.epochs": 1, "model.experts": ("text",)}
+    )
+    result = cross_validate(folds_of_dataset(config, SPEC), tmp_path / "run", quiet=True)
+    pooled = load_pooled("annotated", tmp_path / "data")
+    rows = {row["utterance"]: row for row in read_json_lines(tmp_path / "run/predictions.jsonl")}
+    rows = [rows[name] for name in pooled.utterance_ids]
+    expected = metrics.regression_scores(pooled.score, np.array([row["score"] for row in rows]))
+    assert result["pooled"]["regression"]["utterances"] == expected["utterances"]
+    for name in ("mae", "pearson_r", "accuracy_7", "accuracy_5"):
+        assert result["pooled"]["regression"][name] == pytest.approx(expected[name], abs=1e-5)
+    probabilities = np.array([list(row["probabilities"].values()) for row in rows])
+    expected = metrics.rater_scores(pooled.ratings, probabilities)
+    assert result["pooled"]["raters"] == pytest.approx(expected, abs=1e-5)
+    for name in ("mae", "kl_divergence"):
+        by_fold = [row[name] for row in result["folds"]]
+        assert result["mean"][name] == pytest.approx(np.mean(by_fold))
+    lines = (tmp_path / "run" / "crossval.md").read_text().splitlines()
+    assert lines[8].startswith("| fold | MAE | Pearson's r |") and "KL divergence" in lines[8]
+    mae = result["pooled"]["regression"]["mae"]
+    assert lines[-1].startswith(f"| pooled | {mae:.3f} |")
+    with (tmp_path / "run" / "crossval.csv").open() as file:
+        assert float(next(csv.DictReader(file))["mae"]) == result["folds"][0]["mae"]
 
 
 @pytest.mark.parametrize(
