@@ -8,13 +8,12 @@ from __future__ import annotations
 import ast
 import csv
 import dataclasses
-import functools
 import hashlib
 import io
 import itertools
 import math
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -57,8 +56,11 @@ _FIXED = (
     "data.fold_splits",
     "data.validate_on_train",
 )
-# Sections and fields whose allowed values depend on the dataset or on the devices.
-_CHECKED_WITH_DATA = ("data.", "parallel.", "train.", "loss.class_weights", "loss.target")
+# Sections and fields whose allowed values depend on the dataset, the devices or each other.
+_CHECKED_WITH_DATA = (
+    *("data.", "parallel.", "train."),
+    *("loss.class_weights", "loss.target", "model.predict_score"),
+)
 # Fields that are validated only when the model is built, not by `MisterEConfig`.
 _CHECKED_BY_MODEL = ("model.kernel_sizes",)
 _MAX_NAME = 150
@@ -250,7 +252,10 @@ def make_variants(
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
         variants.append(Variant(name, "", changed))
-    _check_values(config, axes)
+    FusionTask.from_data(config)  # checks the dataset
+    configs = [variant.config for variant in variants]
+    _check_values(axes, points, configs, _CHECKED_WITH_DATA, _check_with_data)
+    _check_values(axes, points, configs, _CHECKED_BY_MODEL, _check_model)
     return variants
 
 
@@ -283,35 +288,54 @@ def _check_config(config: ConfigDict) -> None:
     config_seeds(config)
 
 
-def _check_values(config: ConfigDict, axes: Sequence[Axis]) -> None:
-    """Checks that the dataset exists, and that each value of an axis can be trained."""
-    FusionTask.from_data(config)
-    for axis in axes:
-        for value in axis.values:
-            changed = ConfigDict(config.to_dict())
-            _set_field(changed, axis.field, value)
-            try:
-                if axis.field.startswith(_CHECKED_WITH_DATA):
-                    task = load_task(changed)
-                    task.split("train", num_shards=1, shuffle=True, epochs=changed.train.epochs)
-                    parallel = dataclass_from_config(
-                        ParallelConfig, changed.parallel, "config.parallel"
-                    )
-                    make_partitioner(parallel, task.sharding_rules)
-                elif axis.field in _CHECKED_BY_MODEL:
-                    nnx.eval_shape(functools.partial(_make_model, changed))
-            except (ValueError, TypeError) as error:
-                message = f"--grid={axis.field}: value {format_value(value)}: {error}"
-                raise InputError(message) from error
+def _check_values(
+    axes: Sequence[Axis],
+    points: Sequence[tuple[Any, ...]],
+    configs: Sequence[ConfigDict],
+    fields: tuple[str, ...],
+    check: Callable[[ConfigDict], None],
+) -> None:
+    """Checks one point for each combination of values in some fields.
+
+    Args:
+      axes: Axes of the points.
+      points: Points of the sweep.
+      configs: Config of each point.
+      fields: Fields, and sections that end with a point.
+      check: Function that raises an error if a config is invalid.
+
+    Raises:
+      InputError: A combination is invalid.
+    """
+    indices = [index for index, axis in enumerate(axes) if axis.field.startswith(fields)]
+    combinations: dict[tuple[Any, ...], ConfigDict] = {}
+    for point, config in zip(points, configs, strict=True):
+        combinations.setdefault(tuple(point[index] for index in indices), config)
+    for values, config in combinations.items():
+        try:
+            check(config)
+        except (ValueError, TypeError) as error:
+            names = ", ".join(
+                f"{axes[index].field}={format_value(value)}"
+                for index, value in zip(indices, values, strict=True)
+            )
+            raise InputError(f"{names}: {error}" if names else str(error)) from error
+
+
+def _check_with_data(config: ConfigDict) -> None:
+    task = load_task(config)
+    task.split("train", num_shards=1, shuffle=True, epochs=config.train.epochs)
+    parallel = dataclass_from_config(ParallelConfig, config.parallel, "config.parallel")
+    make_partitioner(parallel, task.sharding_rules)
+
+
+def _check_model(config: ConfigDict) -> None:
+    nnx.eval_shape(lambda: MisterE(_model_config(config), rngs=make_rngs(0)))
 
 
 def _model_config(config: ConfigDict) -> MisterEConfig:
     sizes = {"num_classes": 2, "speech_dim": 1, "text_dim": 1}
     return dataclass_from_config(MisterEConfig, config.model, "config.model", **sizes)
-
-
-def _make_model(config: ConfigDict) -> MisterE:
-    return MisterE(_model_config(config), rngs=make_rngs(0))
 
 
 def selection_score(config: ConfigDict) -> str:

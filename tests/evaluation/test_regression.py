@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
 
 from mister_jax import data, losses, metrics
 from mister_jax.errors import InputError
+from mister_jax.evaluation import sweep
 from mister_jax.evaluation.results import evaluate
 from mister_jax.models import MisterE, MisterEConfig
 from mister_jax.training.loop import train
@@ -176,6 +177,17 @@ def test_training_selects_the_epoch_by_the_error_and_reports_the_scores(scored_d
     errors = [record["validation/mae"] for record in records if "validation/mae" in record]
     best = evaluate(tmp_path, "validation", quiet=True)["regression"]["mae"]
     assert min(errors) == pytest.approx(best, abs=1e-4)
+
+
+def test_a_sweep_checks_values_that_depend_on_each_other_together(scored_data_dir):
+    config = make_tiny_config(scored_data_dir, "scored")
+    grid = ["train.select_by=mae", "model.predict_score=true", "loss.weights.score=0.5,1"]
+    axes = [sweep.parse_grid(config, text) for text in grid]
+    assert len(sweep.make_variants(config, axes, sweep.grid_points(axes))) == 2
+    with pytest.raises(
+        InputError, match=r"^train\.select_by=mae: .*needs config\.model\.predict_score"
+    ):
+        sweep.make_variants(config, axes[:1], sweep.grid_points(axes[:1]))
 
 
 @pytest.mark.parametrize(
