@@ -159,19 +159,19 @@ count_restart() {
   log "$1; restart $restarts of $max_restarts"
 }
 
-# The first request for the state must succeed, because it usually fails for good: no account, or a
-# wrong zone. Later failures are retried.
-state_retries=5
+# Retries of a failed request for the state and of a failed installation. The first request for the
+# state must succeed, because it usually fails for good: no account, or a wrong zone.
+retries=5
 state_was_read=false
 
 wait_until_active() {
   local current previous="" failures=0
   while true; do
     if ! current="$(state)"; then
-      if ! "$state_was_read" || ((++failures > state_retries)); then
+      if ! "$state_was_read" || ((++failures > retries)); then
         fail "$name: gcloud cannot read the state of the queued resource"
       fi
-      log "$name: gcloud cannot read the state; retry $failures of $state_retries in $poll s"
+      log "$name: gcloud cannot read the state; retry $failures of $retries in $poll s"
       run sleep "$poll"
       continue
     fi
@@ -204,7 +204,7 @@ install() {
 
 # Runs the command until it finishes, and returns its exit status.
 supervise() {
-  local result
+  local result failures=0
   while true; do
     wait_until_active
     if ! result="$(status)"; then
@@ -216,10 +216,13 @@ supervise() {
     if [ "$result" != running ]; then
       log "installing and starting the command on all workers"
       if ! { install && on_workers all stop && on_workers all start "$@"; }; then
-        log "a worker cannot be reached, or its installation failed; trying again"
+        ((++failures <= retries)) ||
+          fail "$name: a worker cannot be reached, or its installation failed; see the output above"
+        log "a worker cannot be reached, or its installation failed; retry $failures of $retries"
         run sleep "$poll"
         continue
       fi
+      failures=0
     fi
     on_workers 0 follow || true
     dry_status=0

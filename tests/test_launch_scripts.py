@@ -22,6 +22,7 @@ echo "$(basename "$0") $*" >> "$FAKE/calls"
 case "$*" in
   *queued-resources\ list*) answers=states ;;
   *tpu_worker.sh\ status*) answers=statuses ;;
+  *tpu_worker.sh\ install*) answers=installations ;;
   ls-files*) printf 'setup.cfg\0'; exit ;;
   *) answers="of_$(basename "$0")" ;;
 esac
@@ -159,6 +160,24 @@ def test_command_on_an_unreachable_worker_is_not_stopped(fake_commands):
     assert result.returncode == 0, result.stderr
     assert actions(calls) == ["follow"] * 2
     assert "worker 0 cannot be reached" in result.stderr
+
+
+def test_installation_is_retried_and_gives_up_if_it_always_fails(fake_commands):
+    folder = fake_commands(
+        states=["ACTIVE"] * 3, statuses=["-"] * 3 + ["0"], installations=["fail", "fail", "-"]
+    )
+    result, calls = run_tpu_vm(folder)
+    assert result.returncode == 0, result.stderr
+    once = ["copy", "install"]
+    assert actions(calls) == [*once, *once, *once, "start", "follow"]
+    assert "retry 2 of 5" in result.stderr
+
+    folder = fake_commands(states=["ACTIVE"] * 9, installations=["fail"] * 9)
+    result, _ = run_tpu_vm(folder)
+    assert result.returncode == 2
+    error = "error: mister: a worker cannot be reached, or its installation failed"
+    assert result.stderr.splitlines()[-1].startswith(error)
+    assert result.stderr.count("its installation failed; retry") == 5
 
 
 def test_running_command_is_followed_and_not_restarted(fake_commands):
