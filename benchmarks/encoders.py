@@ -145,9 +145,10 @@ ENCODERS: dict[str, Callable[..., Tuning]] = {
 
 
 def make_tuning(encoder: str, length: int, **options: Any) -> Tuning:
-    """Creates the fine-tuning task of an encoder in `ENCODERS`, in bfloat16, for `length` tokens.
+    """Creates the fine-tuning task of an encoder in `ENCODERS`, in bfloat16.
 
-    `options` are fields of the language model's config.
+    Texts have `length` tokens; speech encoders ignore `length`. `options` are fields of the
+    language model's config.
 
     Raises:
       InputError: The encoder is unknown, or the length is not positive.

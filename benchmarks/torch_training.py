@@ -377,7 +377,7 @@ def train(config: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str,
       A dict with these entries. Times are values of `time.monotonic`.
 
       - "steps": Number of steps.
-      - "ends": End times of the first, middle and last step, by step.
+      - "ends": Map from step number to end time, for the first, middle and last step.
       - "trained": End time of training.
       - "weighted_f1": Score on the test split.
     """

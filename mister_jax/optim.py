@@ -182,7 +182,7 @@ class ParamVectors:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Returns a chain of gradient clipping, Adam or AdamW, and parameter averaging.
+    """Returns a chain of optional gradient clipping, Adam or AdamW, and optional averaging.
 
     Args:
       config: Optimizer options.

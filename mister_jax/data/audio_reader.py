@@ -65,7 +65,9 @@ _MAX_POWER_SAMPLE = 2.0**31  # larger floats are clipped before the power is com
 
 
 class AudioReader:
-    """Reads one channel of an open recording. All indices are at `SAMPLE_RATE`.
+    """Reads one channel of an open recording.
+
+    The methods take and return sample indices at `SAMPLE_RATE`, whatever the recording's rate.
 
     Raises:
         AudioError: The recording cannot be read or has no audio.

@@ -100,7 +100,7 @@ class PublishedModels:
         }
 
     def combine(self, encoded: Mapping[str, np.ndarray]) -> Predictions:
-        """Averages the models' probabilities.
+        """Computes the weighted average of the models' probabilities.
 
         Args:
           encoded: Arrays by name: label probabilities "speech" and "text", [N, num_labels], and

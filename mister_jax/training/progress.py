@@ -69,7 +69,7 @@ class TrainConfig:
         """
         if self.select_by in _ERRORS:
             return -np.atleast_1d(values[_ERRORS[self.select_by]])
-        if self.select_by == LAST:  # Of equal scores, `complete_epoch` selects the latest.
+        if self.select_by == LAST:  # Of equal epochs, `complete_epoch` selects the last.
             return np.zeros(np.atleast_1d(values["cross_entropy"]).shape)
         return np.atleast_1d(values[self.select_by])
 

@@ -307,7 +307,7 @@ def shared_shapes(shapes_per_run: Sequence[Sequence[Shape]]) -> tuple[Shape, ...
     """Returns batch shapes into which the batches of all runs fit.
 
     There are at most as many shapes as in the run with the most shapes. The padded lengths minimize
-    the total padding.
+    the sum of the lengths of all batches; their numbers of rows are not considered.
 
     Args:
       shapes_per_run: For each run, the shapes of all batches in an epoch.

@@ -43,7 +43,7 @@ def write_part(path, rows, formats=("json", "jsonl")):
 
 @pytest.fixture
 def urdu(tmp_path):
-    """Folder of a corpus with two folds. Fold 1 has files with "fold_1" and "fold1" in the name."""
+    """Folder of a corpus with two folds. Some names in fold 1 contain "fold_1", others "fold1"."""
     folder = tmp_path / "EmoBox/data/urdu"
     train, test = make_rows(["SF1", "SF2", "SM1", "SM2", "SM3"]), make_rows(["SM4"])
     for fold, (train_rows, test_rows) in {

@@ -49,8 +49,9 @@ def test_audio_replaces_the_placeholder(side):
 
 
 def test_padding_is_not_read():
-    prompt = np.array([[7, -1, -1], [-1, 0, 0], [0, 0, 0]])  # a placeholder in the padding
+    prompt = np.array([[7, -1, 0], [-1, 0, 0], [0, 0, 0]])
     mask = np.array([[True, True, False], [True, False, False], [False] * 3])
+    # Every position in the padding has a placeholder.
     sequence, valid, is_audio = splice(np.where(mask, prompt, PLACEHOLDER), mask)
     np.testing.assert_array_equal(valid.sum(1), [5, 1, 0])
     np.testing.assert_array_equal(is_audio.sum(1), [4, 1, 0])

@@ -1,4 +1,4 @@
-"""Prosodic features of synthetic sounds and degenerate clips, and their treatment of padding."""
+"""Prosodic features of synthetic sounds, degenerate clips and padded clips."""
 
 import numpy as np
 import pytest

@@ -128,7 +128,8 @@ def test_page_shows_the_scores_of_metrics():
     assert rows["this model"][0].startswith(f"{expected['weighted_f1']:.3f}")
     assert rows["majority class"][0].startswith(f"{expected['majority']['weighted_f1']:.3f}")
     assert rows["bayes (reference)"][0].startswith("0.900")
-    # The gate is compared with the mean of the experts' logits.
+    # The page also scores the mean of the present experts' logits, which has the same largest class
+    # as the sum of their log-probabilities.
     log_p = (
         np.log(predictions["expert_probabilities"].clip(1e-30))
         * predictions["expert_present"][..., None]

@@ -212,7 +212,7 @@ def _utterances(
 
 
 def _overlap(segment: _Segment, start: float, end: float) -> float:
-    """Returns the intersection over union of the times of a segment and an interval."""
+    """Returns the intersection over union of the times, or a negative number if they are apart."""
     shared = min(segment.end, end) - max(segment.start, start)
     return shared / (max(segment.end, end) - min(segment.start, start))
 
