@@ -79,7 +79,9 @@ _ENCODER = flags.DEFINE_string(
     "the Hugging Face Hub",
 )
 _SEQUENCE = flags.DEFINE_integer("sequence", 128, "tokens per text for --encoder")
-_ROWS = flags.DEFINE_integer("rows", 0, "utterances per device for --encoder; 0 is its default")
+_ROWS = flags.DEFINE_integer(
+    "rows", 0, "utterances per device for --encoder; 0: the encoder's default"
+)
 _REMAT = flags.DEFINE_enum(
     "remat", "full", get_args(Remat), "activations that --encoder recomputes, see nn.ScannedLayers"
 )
@@ -103,7 +105,9 @@ _DATA_DIR = flags.DEFINE_string(
 _RECORDING = flags.DEFINE_string(
     "recording", None, "measure the prediction of this recording; needs --model"
 )
-_MODEL = flags.DEFINE_string("model", None, "work directory or bundle that reads --recording")
+_MODEL = flags.DEFINE_string(
+    "model", None, "work directory or bundle of the model that predicts --recording"
+)
 _TRANSCRIPT = flags.DEFINE_string(
     "transcript", None, "transcript of --recording; by default, one beside the recording"
 )
@@ -111,7 +115,7 @@ _REFERENCE = flags.DEFINE_string(
     "reference", None, "RTTM with the speech of --recording; by default, one beside the recording"
 )
 _REPEAT = flags.DEFINE_integer(
-    "repeat", 1, "number of times that --recording is concatenated", lower_bound=1
+    "repeat", 1, "number of copies of --recording to concatenate", lower_bound=1
 )
 _SETS = flags.DEFINE_multi_string(
     "set",
@@ -135,7 +139,11 @@ _ENCODER_MODES = (_AOT, _RANDOM, _THROUGHPUT)
 
 
 def main() -> int:
-    """Runs the selected benchmark. Returns 1 if a program does not fit into a TPU's memory."""
+    """Runs the selected benchmark and returns the exit status.
+
+    The status is 1 if a program does not fit into a TPU's memory, and 143 if SIGTERM stopped the
+    comparison of recipes.
+    """
     if _SETS.value:
         return _compare_recipes()
     for flag in _OF_SETS:

@@ -264,8 +264,7 @@ def compile_for_tpus(
       Rows by program, with one row per topology; see `aot.compile_ahead`.
 
     Raises:
-      InputError: The encoder or a topology is unknown, the devices cannot share the rows, or a
-        program does not compile.
+      InputError: An argument is not allowed, libtpu is missing, or a program does not compile.
     """
     tuning = make_tuning(encoder, length, remat=remat)
     rows_per_device = _rows_per_device(tuning, rows)
@@ -300,7 +299,7 @@ def measure_encoder(
     """Times both programs of `compile_for_tpus` with random parameters on this machine.
 
     Raises:
-      InputError: The encoder is unknown, or the devices run out of memory.
+      InputError: An argument is not allowed, or the devices run out of memory.
     """
     tuning = make_tuning(encoder, length, remat=remat)
     flops = model_flops(encoder, length)

@@ -223,7 +223,7 @@ def measure_extraction(
       log: Function called with a message before each long step.
 
     Raises:
-      InputError: The encoder cannot be loaded, or a library is missing.
+      InputError: The encoder cannot be loaded, or a library is missing or does not support it.
     """
     options = {"max_tokens": max_tokens} if registry.find_modality(name) == "text" else {}
     encoder = extraction.load_encoder(name, dtype=dtype, **options)

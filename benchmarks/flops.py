@@ -11,9 +11,9 @@ from jax.extend import core
 def program_flops(jaxpr: Any) -> float:
     """Counts the operations in a program's matrix products and convolutions.
 
-    A multiply-add counts as two operations. Other operations are not counted. Unlike in XLA's cost
-    analysis, a scan's body is counted once per iteration. Recomputation in the backward pass is
-    counted too. Of several branches, only the most expensive branch counts.
+    A multiply-add counts as two operations. Other operations are not counted. A scan's body is
+    counted once per iteration, whereas XLA's cost analysis counts it only once. Recomputation in
+    the backward pass is counted too. Of several branches, only the most expensive branch counts.
 
     Args:
       jaxpr: Jaxpr of the program.

@@ -329,7 +329,8 @@ def compile_for_tpus(
       A row per topology; see `aot.compile_ahead` and `aot.add_scaling_efficiency`.
 
     Raises:
-      InputError: libtpu is missing, a topology is unknown, or the step does not compile.
+      InputError: libtpu is missing, a topology is unknown, the chips of the first topology cannot
+        share a batch equally, or the step does not compile.
     """
     topologies = aot.tpu_topologies(names)
     smallest = len(next(iter(topologies.values())))

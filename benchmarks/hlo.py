@@ -41,8 +41,8 @@ _RECEIVED = {
 _COLLECTIVES = (*_RECEIVED, "collective-permute")
 
 
-# Operations that access no memory, or whose memory accesses are counted elsewhere: for the
-# instructions that they call, or for the start of an asynchronous operation.
+# Operations that access no memory, or whose memory accesses are counted elsewhere: in the
+# computations that they call, or at the start of an asynchronous operation.
 _FREE = (
     *("parameter", "constant", "iota", "partition-id", "replica-id"),
     *("get-tuple-element", "tuple", "bitcast", "optimization-barrier", "after-all"),

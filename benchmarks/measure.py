@@ -77,7 +77,10 @@ def repeated(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_unt
 
 
 def matmul_peak(config: BenchmarkConfig) -> float:
-    """Measures a large matrix product's FLOP/s in the config's dtype, for all devices together."""
+    """Returns the FLOP/s of all devices in a large matrix product in the config's dtype.
+
+    The product is measured on one device, and the result is multiplied by the number of devices.
+    """
     on_cpu = jax.default_backend() == "cpu"
     size = 2048 if on_cpu else 8192
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(config.dtype))

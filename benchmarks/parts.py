@@ -141,7 +141,7 @@ def _repeated_update(config: BenchmarkConfig) -> Run:
 
 
 def measure_parts(config: BenchmarkConfig, peak: float) -> list[Row]:
-    """Times each part's forward and backward pass on one device, and the whole training step.
+    """Times each part's forward and backward pass, the optimizer, and the whole training step.
 
     XLA cannot fuse operations across separately compiled parts. Therefore, the parts' times show
     where time is spent, but do not add up to the step's time. `peak` is the result of

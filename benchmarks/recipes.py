@@ -10,13 +10,13 @@ DATASET@test reads the dataset's test split, to confirm a choice. On such a set,
 trains on the training split, selects its epoch on the validation split, and is scored on the test
 split.
 
-On a set with other folds, such as DATASET@dialogue:5, all recipes train on the dialogues of the
-other folds, for their full number of epochs, without validation. For each utterance, the model of
-the fold that holds out this utterance makes the prediction. The predictions of all folds are scored
-together. In addition to the recipes, the table has each expert of the first recipe, and logistic
-regression on the features of an utterance and its neighbors. The number of neighbors and the
-strength of the regularization are selected on the validation dialogues of each fold. The difference
-from the first recipe has a 95% confidence interval from a paired bootstrap over dialogues.
+On any other set, such as DATASET@dialogue:5, each recipe trains one model per fold. This model
+trains on the dialogues of all other folds, for the full number of epochs, without validation, and
+predicts the dialogues of its fold. The predictions of all folds are scored together. In addition to
+the recipes, the table has each expert of the first recipe, and logistic regression on the features
+of an utterance and its neighbors. The number of neighbors and the strength of the regularization
+are selected on the validation dialogues of each fold. The difference from the first recipe has a
+95% confidence interval from a paired bootstrap over dialogues.
 
 If the best of many recipes is chosen by its score, this score is biased upward. The table therefore
 states how many recipes were tried. Confirm the choice on a test split. With several seeds, the
@@ -180,7 +180,7 @@ def compare_recipes(
 
     Args:
       sets: Datasets with their folds.
-      recipes: Recipes to compare with the first recipe.
+      recipes: Recipes. All others are compared with the first recipe.
       workdir: Work directory, created if it does not exist. Complete folds in it are not repeated.
       data_dir: Directory of the datasets; by default, TFDS's default directory.
       num_seeds: Number of seeds of each model.

@@ -50,7 +50,7 @@ def measure_recording(
         it has text.
       reference: RTTM file with the speech of the recording; by default, the RTTM file beside the
         recording.
-      repeat: Number of times that the recording and its annotations are concatenated.
+      repeat: Number of copies of the recording and its annotations to concatenate.
       log: Function called with a message before each long step.
 
     Returns:

@@ -32,7 +32,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether all programs fit in device memory; programs of unknown size count as fitting."""
+        """Whether all programs fit in device memory; True for devices with unknown memory."""
         return all(row.get("fits") is not False for rows in self.sections.values() for row in rows)
 
     def write(self, path: str | os.PathLike) -> None:

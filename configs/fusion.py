@@ -149,8 +149,8 @@ ABLATIONS = {
 def ablation_configs(config: ConfigDict) -> dict[str, ConfigDict]:
     """Returns the config as "default", and all variants of `ABLATIONS` that change the training.
 
-    For example, `no_contrastive` changes only the training of `paper`, and `majority` does not
-    change the training of a single expert.
+    For example, `no_contrastive` changes the training of `paper` but not of the default, and
+    `majority` does not change the training of a single expert.
     """
     configs = {"default": config}
     for name in ABLATIONS:

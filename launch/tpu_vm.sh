@@ -160,7 +160,7 @@ count_restart() {
 }
 
 # Retries of a failed request for the state and of a failed installation. The first request for the
-# state must succeed, because it usually fails for good: no account, or a wrong zone.
+# state is not retried, because retries cannot help if there is no account or the zone is wrong.
 retries=5
 state_was_read=false
 

@@ -36,7 +36,7 @@ case "$task" in
     echo "$!" >.run/process
     ;;
   run)
-    # `stop` signals the whole process group. The command saves and exits. This shell ignores
+    # `stop` signals the whole process group. The command saves and exits. This shell survives
     # SIGTERM, so that it can record the exit status.
     trap : TERM
     PYTHON=.venv/bin/python source launch/install.sh train,tpu

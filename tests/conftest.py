@@ -48,7 +48,7 @@ SLOWEST = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--parity", action="store_true", help="run the tests marked parity, only")
+    parser.addoption("--parity", action="store_true", help="run only the tests marked parity")
 
 
 def pytest_configure(config):
@@ -70,13 +70,13 @@ def pytest_configure(config):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
-# Compiling for eight devices takes twice as long as for one device. Only the tests marked `devices`
-# use all eight.
+# Compiling for eight devices takes twice as long as for one device. Therefore, a job uses only one
+# device, except in tests marked `devices`.
 sharding.job_devices = lambda: jax.devices()[:1]
 
 
 def _use_marked_devices(request):
-    """Spreads the work of tests marked `devices` over all eight devices."""
+    """Lets the jobs of tests marked `devices` use all eight devices."""
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("devices"):
             patch.setattr(sharding, "job_devices", jax.devices)
@@ -128,7 +128,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def golden():
-    """Outputs of the official model as {group: {name: array}}; see golden/README.md."""
+    """Arrays of the official model as {group: {name: array}}; see golden/README.md."""
     groups = defaultdict(dict)
     with np.load(GOLDEN / "mister_e_head.npz") as file:
         for path, value in file.items():
@@ -139,7 +139,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """The smallest `MisterEConfig` with all parts of the model."""
+    """A tiny `MisterEConfig` with every kind of layer in the released model."""
     return MisterEConfig(
         num_classes=4,
         speech_dim=6,

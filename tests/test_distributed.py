@@ -1,4 +1,4 @@
-"""Two processes with four CPU devices each give the results of one process with eight devices."""
+"""Two processes with four CPU devices each give the results of one process with one device."""
 
 import contextlib
 import functools
@@ -37,7 +37,7 @@ HEARTBEAT_TIMEOUT = 15
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """A folder with the dataset `tiny`. Its last batches are not full."""
+    """A folder with the dataset `tiny`. None of its batches is full."""
     folder = tmp_path_factory.mktemp("data")
     sizes = {"train": 19, "validation": 5, "test": 6}
     splits = data.generate_features(

@@ -80,7 +80,7 @@ def run_tpu_vm(folder, *options):
 
 
 def actions(calls):
-    """Returns one word for each gcloud call, without the calls that only read a state."""
+    """Returns a word for each gcloud call, except calls that read a state or stop the command."""
     words = {
         "queued-resources create": "create",
         "queued-resources delete": "delete",
@@ -228,7 +228,7 @@ def test_invalid_arguments_exit_with_a_one_line_error(fake_commands, arguments, 
 
 
 def only_tools(folder, *names):
-    """Returns a PATH with these programs, the fake commands and nothing else."""
+    """Returns a PATH with only bash, dirname, these programs and the fake commands."""
     for name in ("bash", "dirname", *names):
         (folder / name).symlink_to(shutil.which(name))
     return str(folder)

@@ -395,7 +395,7 @@ def test_total_is_the_weighted_sum_with_the_released_weights(training):
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     assert all(part > 0 for part in parts.values())
     assert dataclasses.replace(WEIGHTS, gate=0.0) == losses.LossWeights()
-    # Every other weight has a loss. The model predicts no scores.
+    # Every weight has a loss, except "score", because the model predicts no scores.
     assert parts.keys() | {"score"} == {field.name for field in dataclasses.fields(WEIGHTS)}
 
 

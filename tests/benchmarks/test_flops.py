@@ -18,7 +18,7 @@ def count(function, *arguments):
 
 def test_flops_of_mister_e_agree_with_xla():
     # Use one utterance per dialogue, because XLA counts only one step of a recurrence. Disable
-    # dropout, because its random bits count as operations.
+    # dropout, because XLA also counts the operations that generate its random bits.
     config = MisterEConfig(
         speech_dim=128,
         text_dim=96,

@@ -121,7 +121,7 @@ def linear_weights(name, kind, value):
 
 
 def make_pair(torch_training, config):
-    """Returns a `MisterE` with random biases and the PyTorch model with the same parameters."""
+    """Returns a `MisterE` with random biases and scales, and the PyTorch model with its weights."""
     import torch
 
     model = MisterE(config, rngs=nnx.Rngs(0))

@@ -40,11 +40,12 @@ def test_scripts_take_features_to_scores(tmp_path):
 
 
 # Subcommand -> its flags -> a part of the error. DIR stands for a folder with:
-#   data/     the dataset x
+#   data/     the datasets x and no_test, whose features were not computed by an encoder
 #   empty/    nothing
-#   ready/    a work directory of MiSTER-E for x, whose features were computed without an encoder
+#   ready/    a work directory of MiSTER-E for x
 #   encoder/  the config of an encoder's training run
 #   old/      a work directory written before model.json had a "format"
+#   *.py      configs that cannot be used
 WRONG_USES = {
     "": {
         "tran --workdir=DIR": "unknown subcommand 'tran'; allowed: prepare, extract, train",

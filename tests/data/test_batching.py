@@ -92,7 +92,7 @@ def test_batches_take_a_compiled_shape_if_that_adds_few_positions():
     assert sorted(rows) == [-1] * 5 + list(range(7))
 
 
-def test_only_small_or_short_trainings_are_short():
+def test_a_training_is_short_if_parameters_times_positions_are_few():
     assert is_short_training(num_params=500_000, num_positions=270 * 8 * 23)
     assert not is_short_training(num_params=500_000, num_positions=420 * 8 * 110)
     assert not is_short_training(num_params=8 * 10**9, num_positions=100)

@@ -96,8 +96,9 @@ def test_cut_after_gap_equals_part_of_entire_recording(files_with_gap, ending):
     for start, end in ((5.25, 5.75), (2.5, 3.5), (3.5, 4.5), (1.0, 6.0)):
         cut = decode(files_with_gap[ending], start=start, end=end)
         expected = clip.samples[round(start * RATE) : round(end * RATE)]
-        # AAC decoders add synthetic noise, which differs in each run.
-        np.testing.assert_allclose(cut.samples, expected, atol=100 if ending != "mka" else 1)
+        # AAC decoders add synthetic noise, which depends on where decoding starts.
+        tolerance = 100 if CODECS[ending] == "aac" else 1
+        np.testing.assert_allclose(cut.samples, expected, atol=tolerance)
     assert peak_frequency(
         decode(files_with_gap[ending], start=5.25, end=5.75).samples
     ) == pytest.approx(1300, abs=5)
@@ -239,7 +240,7 @@ def test_many_cuts_take_one_pass(tmp_path):
     requests = [DecodeRequest(path, begin, begin + 1) for begin in starts]
     start = time.process_time()
     clips = list(decode_many(requests, num_workers=0))
-    assert time.process_time() - start < 4 * one_pass  # separate decoding takes 22 passes
+    assert time.process_time() - start < 4 * one_pass  # separate decoding takes over 10
     assert all(len(clip.samples) == RATE for clip in clips)
 
 

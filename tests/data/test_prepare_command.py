@@ -17,10 +17,10 @@ from tests.helpers.commands import run_commands
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory) -> pathlib.Path:
-    """Folder with a manifest and invalid corpora.
+    """Folder with valid and invalid corpora.
 
-    The manifest has four training dialogues with 12 recordings, one of which is longer than a
-    second, and a test dialogue with two recordings, one of which is broken.
+    The manifest `calls.jsonl` has four training dialogues with 12 recordings, one of which is
+    longer than a second, and a test dialogue with two recordings, one of which is broken.
     """
     folder = tmp_path_factory.mktemp("corpora")
     rows = []
@@ -89,7 +89,7 @@ SUCCESSES = {
 }
 
 
-# Error message of each invalid command.
+# A part of the error message of each invalid command.
 WRONG_USES = {
     "--corpus=tv": "--corpus=tv; allowed: iemocap, meld, mosi, mosei, emorynlp, manifest, transc",
     "--corpus=features": "--source is needed with --corpus=features: an npz file",

@@ -26,7 +26,7 @@ from tests.helpers.tiny_datasets import write_manifest
 from tests.helpers.training import make_tiny_config
 
 TURNS = {
-    # id: label, lines of the evaluators, ratings (neutral, happy, sad, angry, excited, frustrated)
+    # id: label, lines of the evaluators, ratings
     "F000": ("neu", ["C-E2:\tNeutral;\t()", "C-E3:\tNeutral state;\t()"], {"neutral": 2}),
     "M000": (
         "xxx",
@@ -152,7 +152,7 @@ def rated_splits():
         one_hot = np.eye(3)[np.maximum(split.label, 0)] * (split.label >= 0)[:, None]
         ratings = 2 * one_hot + random.integers(0, 2, one_hot.shape)
         label = split.label.copy()
-        label[::5] = -1  # rated, but without a majority
+        label[::5] = -1  # rated, but unlabeled
         ratings[1] = 0
         rated[name] = dataclasses.replace(split, label=label, ratings=ratings.astype(np.float32))
     return rated

@@ -39,7 +39,7 @@ def test_a_changed_byte_is_found(path, position):
 
 def test_a_truncated_file_is_found(path):
     content = path.read_bytes()
-    ends = {0: 0, 16: 1, 33: 2}  # numbers of records that end at these lengths
+    ends = {0: 0, 16: 1, 33: 2}  # end of a record -> number of records up to this byte
     for length in (*range(60), len(content) - 1):
         path.write_bytes(content[:length])
         message = f"{ends[length]} of 3 records" if length in ends else "damaged record at byte"

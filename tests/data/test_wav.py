@@ -37,7 +37,7 @@ CONTAINERS = [
 
 
 def tone(seconds: float = 2.0) -> np.ndarray:
-    """Returns a tone [N] float64 with full scale 1 and growing amplitude."""
+    """Returns a tone [N] float64 whose amplitude grows from 0.1 to 0.5 of full scale."""
     time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     return np.linspace(0.1, 0.5, len(time)) * np.sin(2 * np.pi * 440 * time)
 

@@ -11,7 +11,10 @@ from mister_jax.errors import InputError
 
 
 def hub_error(error_class):
-    """Returns an error without an HTTP response, because its class depends on the Hub version."""
+    """Returns an error without an HTTP response.
+
+    The class of the response depends on the version of `huggingface_hub`.
+    """
     return error_class.__new__(error_class)
 
 

@@ -82,7 +82,7 @@ def test_batch_and_padding_do_not_change_features(files, waveform):
 
 @pytest.mark.devices
 def test_created_and_loaded_encoders_have_the_same_structure(files):
-    """Checks on two devices that the structures are equal, so that a training checkpoint fits."""
+    """Checks on eight devices that the structures are equal, so that a training checkpoint fits."""
     backbone_config = json.loads(json.dumps(speech.read_backbone_config(files)))
     changes = {"lora": LORA, "tower": {"mask_spectrogram": True}}
     created = nnx.eval_shape(

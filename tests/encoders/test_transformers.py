@@ -93,7 +93,7 @@ ADAPTERS = {
 # Model type -> layers of the adapters that are written; () for all layers.
 WRITTEN_ADAPTERS = {
     **dict.fromkeys(ADAPTERS, ((),)),
-    # peft does not apply LoRA to the other layers of WavLM.
+    # In transformers, the other layers of WavLM ignore LoRA.
     "wavlm": (("mlp_in", "mlp_out", "projection"),),
     "qwen2_audio": ((), ("decoder/layers/layers/attention/query",), ("/projection",)),
 }

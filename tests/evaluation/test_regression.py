@@ -128,7 +128,7 @@ def test_score_error_needs_a_model_that_predicts_scores(model, rng):
 
 @pytest.fixture(scope="module")
 def scored_data_dir(tmp_path_factory):
-    """A folder with two datasets. In `scored`, the score is a clipped text dimension or missing."""
+    """A folder with three datasets. The scores in `scored` are a clipped text dimension or NaN."""
     folder = tmp_path_factory.mktemp("scored")
     splits = data.generate_features(
         seed=3,

@@ -51,7 +51,7 @@ _WAVLM = {
     "num_conv_pos_embedding_groups": 2,
 }
 _LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
-# File -> model -> class in transformers and fields of its config.
+# File -> model -> prefix of the classes in transformers, and fields of the config.
 MODELS = {
     "whisper": {
         "whisper": ("Whisper", {**_WHISPER, "num_mel_bins": 80}),

@@ -110,7 +110,7 @@ def assert_same_checkpoints(workdir, expected_workdir):
 
 
 def assert_same_bits(checkpoint, expected):
-    """Checks that two results of `read_latest_checkpoint` are equal bit for bit."""
+    """Checks that two results of `read_checkpoint` are equal bit for bit."""
     assert checkpoint[1] == expected[1]
     assert checkpoint[0].keys() == expected[0].keys()
     for name, value in checkpoint[0].items():

@@ -344,7 +344,7 @@ def test_an_encoder_on_the_hub_is_stored_by_commit_or_copied(
     assert config["model"]["encoders"]["text"]["name"] == "someone/bert@0123abcd"
     assert not (tmp_path / "by_name" / "encoders").exists()
     expected = EmotionRecognizer.from_pretrained(tmp_path / "by_name").predict(dialogues[0])
-    # The name on the Hub is not a path in the folder to replace, even in that folder.
+    # Even if the current folder is the folder to replace, the encoder's name is not a path in it.
     monkeypatch.chdir(tmp_path / "by_name")
     export_model(run, tmp_path / "by_name", overwrite=True)
     monkeypatch.chdir(tmp_path)

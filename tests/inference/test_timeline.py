@@ -435,11 +435,11 @@ def test_page_has_the_data_of_the_rows(tmp_path, rows):
     assert data["text"] == [one_line(row["text"]) for row in rows[:4]]
     assert [data["classes"][it] for it in data["emotion"]] == [it["emotion"] for it in rows[:4]]
     assert data["speakers"] == ["A", "B <b>"] and data["speaker"] == [0, 0, 1, 0]
-    # The text expert never votes, so it is disabled in the model.
+    # The text expert has no vote in any row, so the page omits it.
     assert data["experts"] == ["speech", "fusion"] and data["gate"] == [[250] * 4, [750] * 4]
     assert data["probabilities"][:3] == [150, 700, 150]
     assert data["duration"] == 6.0 and data["source"] == "./call%20%231.wav"
-    # Only the script of the page runs, and nothing is loaded from a network.
+    # The page loads nothing from a network, and the markup in the second text is escaped.
     assert "http" not in re.sub(r"http://www.w3.org/2000/svg|http-equiv", "", text)
     assert "<img" not in text and text.count("</script>") == 3
 

@@ -122,7 +122,7 @@ def one_device_results(task, optimizer, batch):
     return run_steps(partitioner_of("jit", 1), task, optimizer, batch)
 
 
-# One device under jit is what the others are compared with.
+# All results are compared with those of one device under jit.
 @pytest.mark.parametrize(
     "backend, num_devices", [("pmap", 1), ("jit", 2), ("pmap", 2), ("jit", 8), ("pmap", 8)]
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.data.conftest import write_mp4, write_wav  # noqa: F401, for other fixtures
+from tests.data.conftest import write_mp4, write_wav  # noqa: F401, fixtures of the tests
 from tests.helpers.commands import run_command
 from tests.helpers.tiny_encoders import WAVLM_CONFIG, make_word_tokenizer, save_encoder
 

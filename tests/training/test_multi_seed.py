@@ -134,7 +134,7 @@ def test_a_training_interrupted_while_saving_the_best_resumes_to_the_same_bits(
     num_saves = itertools.count(1)
 
     def interrupt(*_):
-        if next(num_saves) == 3:  # The best checkpoint of epoch 2 is saved; the latest is not.
+        if next(num_saves) == 3:  # Epoch 2: after the best checkpoint, before the latest.
             raise KeyboardInterrupt
 
     config = make_seeds_config(tiny_data_dir)

@@ -57,7 +57,7 @@ def test_read_npz_reads_the_same_features(tmp_path, dtype):
                 continue
             if field.name == "utterance_metadata":
                 rows = zip(map(json.loads, actual), map(json.loads, expected), strict=True)
-                # Cells of other utterances are empty, and the column `start` is a number.
+                # Utterances without a value have empty cells. `start` comes from `TIMES`.
                 for row, expected_row in rows:
                     given = {name: text for name, text in row.items() if text and name != "start"}
                     assert given == expected_row

@@ -45,7 +45,7 @@ SENTIMENT = {name: [label % 3 for label in labels] for name, labels in LABELS.it
 
 IEMOCAP = (IDS, SPEAKERS, LABELS, TEXT, SPEECH, VISUAL, SENTENCES, set(TRAIN), TEST)
 COSMIC = [SPEAKERS, LABELS, *LAYERS, SENTENCES, TRAIN[:2], TEST, TRAIN[2:]]
-# Layout, content, text fields and speech fields.
+# Layout, content, text fields and speech field.
 TUPLES = {
     "MMGCN": ("DialogueRNN, DialogueGCN, MMGCN, MM-DFN (IEMOCAP)", IEMOCAP, [TEXT], SPEECH),
     "MMGCN_MELD": ("MMGCN, MM-DFN (MELD)", (*IEMOCAP, {}), [TEXT], SPEECH),
