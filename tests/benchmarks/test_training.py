@@ -129,7 +129,6 @@ def make_pair(torch_training, config):
     for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         noise = random.normal(scale=0.1, size=variable.shape)
         variable[...] = variable[...] + jnp.asarray(noise, jnp.float32)
-    nnx.update(model, nnx.state(model, nnx.Param))
     reference = torch_training.TorchMisterE(config)
     weights = {name: torch.tensor(value) for name, value in torch_weights(model).items()}
     reference.load_state_dict(weights)

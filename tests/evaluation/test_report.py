@@ -534,7 +534,7 @@ def test_browser_shows_the_dialogues(tmp_path, kind):
         ("start", 0), ("next", 1), ("previous", 0), ("before the first", 0), ("arrow", 1),
         ("arrow in the list", 2), ("choice", 0),
     ]  # fmt: skip
-    for (what, index), seen in zip(expected, outcome["seen"], strict=False):
+    for (what, index), seen in zip(expected, outcome["seen"][:-1], strict=True):
         said = f"{wrong[index]} wrong" if wrong[index] else "none wrong"
         assert seen[:3] == [what, index, lengths[index]]
         assert seen[3].startswith(f"Dialogue {index + 1} of 8") and seen[3].endswith(said)
