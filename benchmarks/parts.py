@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 
 def model_parts(config: BenchmarkConfig) -> dict[str, Part]:
-    """Returns the parts of the model that have gradients, for a batch without padding."""
+    """Returns the differentiated parts of a training step, with inputs without padding, by name."""
     sizes, shape = config.model, (config.batch_size, config.length)
     model = MisterE(sizes, rngs=nnx.Rngs(0))
     batch = make_batch(sizes, np.full(config.batch_size, config.length), config.length)

@@ -5,10 +5,10 @@
         --recipe="released: paper train.epochs=40 optimizer.learning_rate=1e-4" --num_seeds=3
 
 A recipe is a name, a colon, and the variants of configs/fusion.py and config fields that differ
-from the default. A set is a feature dataset with its folds; see `mister-jax crossval`. Only a set
-DATASET@test reads the dataset's test split, to confirm a choice. On such a set, every model
-trains on the training split, selects its epoch on the validation split, and is scored on the test
-split.
+from the default. A set is a feature dataset with its folds; see `mister-jax crossval`. Only sets of
+the form DATASET@test read a dataset's test split; use such a set to confirm the choice of a recipe.
+On such a set, every model trains on the training split, selects its epoch on the validation split,
+and is scored on the test split.
 
 On any other set, such as DATASET@dialogue:5, each recipe trains one model per fold. This model
 trains on the dialogues of all other folds, for the full number of epochs, without validation, and

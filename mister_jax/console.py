@@ -67,7 +67,7 @@ class ProgressReporter:
         self._progress.stop()
 
     def advance(self, description: str | None = None, *, amount: int = 1) -> None:
-        """Marks `amount` more units as completed and updates the text before the bar."""
+        """Marks `amount` more units as completed and sets the text before the bar, if given."""
         self._progress.update(self._task, advance=amount, description=description)
 
     def print(self, text: str) -> None:

@@ -141,9 +141,9 @@ def supervised_contrastive(
 
 
 class _ContrastivePairs(NamedTuple):
-    """Pairs of this device's anchors, [...], with all M representations of the global batch.
+    """Pairs of each anchor on this device with each of the M representations of the global batch.
 
-    The anchors keep their axes. Flattening would drop the batch sharding, so that each device would
+    In the shapes below, `...` stands for the axes of the anchors. The anchors keep their axes. Flattening would drop the batch sharding, so that each device would
     compute the similarities of all anchors.
     """
 

@@ -60,7 +60,7 @@ _LINEARS = {
 }
 # Key biases are not loaded, because they have no effect on attention.
 _UNUSED = r"fusion\.units\.\d+\.fc_(asrk|audk)(_s)?\.bias"
-_ALLOWED = "a mapping of arrays, .npz, .safetensors or, if PyTorch is installed, .pth"
+_ALLOWED = "a mapping of arrays, .npz, .safetensors or, if PyTorch is installed, .pth or .pt"
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -74,8 +74,8 @@ def load_mister_e(
     rounding.
 
     Args:
-      source: Mapping from official names to arrays, or a `.npz`, `.safetensors` or, if PyTorch is
-        installed, `.pth` file.
+      source: Mapping from official names to arrays, or path of a `.npz`, `.safetensors`, `.pth` or
+        `.pt` file. `.pth` and `.pt` files need PyTorch.
       attention_heads: Number of attention heads, which cannot be read from the weights; 3 in the
         released model.
       **changes: Further fields of `MisterEConfig`, such as dropout rates or `dtype`.

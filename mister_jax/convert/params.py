@@ -70,8 +70,8 @@ def load_params(
       The module.
 
     Raises:
-      InputError: Tensors are missing, unexpected, mismatched or not finite. The one-line message
-        contains their number and the first names.
+      InputError: Tensors are missing, unexpected or mismatched, or a tensor is not finite. The
+        one-line message names the first tensors of each kind and says how many there are.
       ValueError: The table does not match the module.
     """
     state, sources, params = _match_params(module, table, prefix, skip)

@@ -182,7 +182,8 @@ def stream_cuts(
         if cut.canceled_by is None:
             result = cut.result()
         else:
-            # Channels rarely cancel out, so reading the segment once more is cheap on average.
+            # This reads the segment twice more: mixed, and with only the strongest channel. As
+            # channels rarely cancel out, this is cheap on average.
             (result,) = _decode_cuts((cut.request,), max_seconds)
         cut.restart()  # Frees the samples.
         yield result
@@ -384,7 +385,7 @@ def _completed_cuts(cuts: Sequence["_Cut"], channel: Channel) -> Iterator["_Cut"
                 if not active and (not waiting or reader.should_seek(end, waiting[0].first)):
                     break
             else:
-                # The remaining segments begin after the end of the recording.
+                # The remaining segments begin at or after the end of the recording.
                 for cut in waiting:
                     cut.position = end
                 active += waiting

@@ -11,9 +11,10 @@ from mister_jax.errors import InputError
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 """Default fractions of dialogues for training, validation and test."""
 
-# The most even of at most `_MAX_DRAWS` random splits is used. With many components (sets of
-# dialogues that stay together), any random split is even, so `_MAX_ASSIGNMENTS` limits the number
-# of random splits times the number of components.
+# Dialogues are assigned to splits at random up to `_MAX_DRAWS` times, and the assignment is used in
+# which the splits' shares of all classes are closest to the fractions. With many components (sets
+# of dialogues that stay together), any assignment is close, so `_MAX_ASSIGNMENTS` limits the number
+# of assignments times the number of components.
 _MAX_DRAWS, _MAX_ASSIGNMENTS = 256, 20_000
 
 

@@ -173,7 +173,7 @@ class Qwen2Audio(SpeechLLM):
     def encode_audio(
         self, waveform: jax.Array, lengths: jax.Array, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Encodes clips with the tower; see `SpeechLLM.encode_audio`."""
+        """Encodes clips with the tower and the projection; see `SpeechLLM.encode_audio`."""
         vectors, audio_lengths = self.tower(waveform, lengths, **options)
         return self.projection(vectors, **options), audio_lengths
 

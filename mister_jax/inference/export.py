@@ -260,7 +260,7 @@ def _check_no_source(target: pathlib.Path, predictor: Predictor) -> None:
         sources += [metadata.get("name"), *(options.get(part) for part in ENCODER_PARTS)]
     for source in filter(None, sources):
         path = pathlib.Path(source)
-        # A name on the Hub is not the path of a file.
+        # `source` may be a name on the Hub, which is not a path.
         if path.exists() and path.resolve().is_relative_to(target):
             raise InputError(
                 f"{target}: holds {source}, which the model needs; allowed: another --output"

@@ -54,7 +54,7 @@ class MisterEConfig:
         addition to the logits of all experts; False in the released model.
       input_dropout: Dropout rate of the input vectors.
       context_dropout: Dropout rate after the convolutions, between GRU layers, before the
-        cross-modal expert's GRU, and before the context classifiers.
+        cross-modal expert's GRU, and before the classifiers of the speech and text experts.
       attention_dropout: Dropout rate of the attention weights.
       fusion_dropout: Dropout rate of each attention's output.
       classifier_dropout: Dropout rate before the cross-modal expert's classifier.

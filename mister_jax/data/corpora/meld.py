@@ -197,7 +197,7 @@ def download_csv(dl_manager: tfds.download.DownloadManager) -> pathlib.Path:
         # Without a network, TFDS would retry for minutes.
         _check_reachable(f"{_URL}/{names[0]}")
         paths = dl_manager.download({name: f"{_URL}/{name}" for name in names})
-    # requests, TFDS and TensorFlow raise many types of errors.
+    # The errors of urllib, `requests`, TFDS and TensorFlow have many types.
     except Exception as error:
         for path in set(folder.glob(_UNFINISHED)) - unfinished:
             path.rmtree()

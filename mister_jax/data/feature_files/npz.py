@@ -47,8 +47,8 @@ def read_npz(
 
     Returns:
         The nonempty splits. Dialogues are in the order of their first rows, and utterances in the
-        order of their positions. The metadata contains the features' origin, and `notes` for the
-        user.
+        order of their positions. The `metadata` of each split contains the name ("source") and the
+        hash ("sha256") of the file, and "notes" for the user.
 
     Raises:
         InputError: The file or one of its rows cannot be used.

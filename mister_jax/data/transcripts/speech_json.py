@@ -138,7 +138,7 @@ def detect_json(text: str) -> DetectedFormat | None:
 
 
 def _response(data: Record) -> Record:
-    """Returns the response inside a long-running operation of Google, or `data` unchanged."""
+    """Returns the `response` of a Google Cloud operation, or `data` itself if it has none."""
     response = data.get("response")
     return response if isinstance(response, Mapping) else data
 

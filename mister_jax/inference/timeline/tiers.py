@@ -56,7 +56,8 @@ def split_tiers(rows: Sequence[Row], given: Iterable[str] | None = None) -> list
     names = set(given or ())
     for speaker, speaker_rows in by_speaker.items():
         for lane in split_overlaps(speaker_rows, milliseconds):
-            # A speaker may have the name of another tier, such as "Ann 2".
+            # Take the first number whose names are free: a speaker who is called "Ann 2" may already
+            # have the name of Ann's second tier.
             for number in itertools.count(1):
                 suffix = f" {number}" if number > 1 else ""
                 pair = (speaker or "text") + suffix, f"{speaker} emotion{suffix}".strip()
