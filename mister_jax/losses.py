@@ -143,8 +143,9 @@ def supervised_contrastive(
 class _ContrastivePairs(NamedTuple):
     """Pairs of each anchor on this device with each of the M representations of the global batch.
 
-    In the shapes below, `...` stands for the axes of the anchors. The anchors keep their axes. Flattening would drop the batch sharding, so that each device would
-    compute the similarities of all anchors.
+    In the shapes below, `...` stands for the axes of the anchors. The anchors keep their axes:
+    flattening would drop the batch sharding, so that each device would compute the similarities of
+    all anchors.
     """
 
     all_x: jax.Array  # M F

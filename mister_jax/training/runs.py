@@ -378,9 +378,9 @@ class RunBatches:
     """Batches for R runs, from one split of each run.
 
     With a single run, each batch is padded to the smallest of the given shapes into which it fits.
-    With several runs, all batches are padded to the largest number of rows and the largest length in
-    `shapes`. Their arrays have a run axis after the row axis: [B, R, T, ...]. The row axis is first
-    because rows are divided among devices.
+    With several runs, all batches are padded to the largest number of rows and the largest length
+    in `shapes`. Their arrays have a run axis after the row axis: [B, R, T, ...]. The row axis is
+    first because rows are divided among devices.
 
     Attributes:
       splits: Split of each run.

@@ -56,8 +56,8 @@ def split_tiers(rows: Sequence[Row], given: Iterable[str] | None = None) -> list
     names = set(given or ())
     for speaker, speaker_rows in by_speaker.items():
         for lane in split_overlaps(speaker_rows, milliseconds):
-            # Take the first number whose names are free: a speaker who is called "Ann 2" may already
-            # have the name of Ann's second tier.
+            # Take the first number whose names are free: the name of Ann's second tier, "Ann 2",
+            # may also be the name of a speaker.
             for number in itertools.count(1):
                 suffix = f" {number}" if number > 1 else ""
                 pair = (speaker or "text") + suffix, f"{speaker} emotion{suffix}".strip()
