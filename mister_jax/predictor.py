@@ -341,7 +341,8 @@ def prediction_rows(
       `min_confidence` is given, "uncertain" says whether the probability of the predicted class is
       below `min_confidence`. For MiSTER-E, the dict also has "gate" (weights by expert) and
       "experts" (each expert's prediction, or None if the expert is disabled or the utterance lacks
-      its modality). If the model predicts scores, "score" is the predicted score.
+      its modality; all enabled experts predict an utterance without speech and text, from its
+      context). If the model predicts scores, "score" is the predicted score.
     """
     for index, probabilities in enumerate(predictions["probabilities"]):
         row: dict[str, Any] = {"emotion": class_names[probabilities.argmax()]}

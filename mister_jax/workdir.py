@@ -133,6 +133,11 @@ def read_config(workdir: epath.PathLike) -> ConfigDict:
                 f"{path}: an encoder in the Hugging Face layout; needed: a directory that "
                 "`mister-jax train` or `mister-jax export` has written"
             )
+        if (epath.Path(workdir) / "model.stablehlo").exists():
+            raise InputError(
+                f"{workdir}: a StableHLO program, which JAX runs without this package (see its "
+                "README.md); needed: a directory that `mister-jax train` has written, or a bundle"
+            )
         if missing:
             raise InputError(
                 f"{path}: {', '.join(missing)} missing; needed: the config that `mister-jax train` "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import io
 import logging
 import os
 import pathlib
@@ -22,6 +23,7 @@ from mister_jax.io import flatten
 STOPPED_BY_SIGTERM = 128 + 15
 """Exit status of a command that SIGTERM has stopped early, following the shell convention."""
 _STOPPED_BY_CTRL_C = 128 + 2
+_STOPPED_BY_SIGPIPE = 128 + 13
 
 # The text of an exception with several arguments is a tuple: these characters precede the message.
 _PUNCTUATION = " ('"
@@ -50,9 +52,13 @@ def run(module: ModuleType) -> None:
 
     The exit status is the result of `main`, or 0 for None. After invalid flags, an `InputError`, a
     missing extra, an unwritable path or a missing JAX platform, the command prints one line to
-    stderr and exits with status 2. After Ctrl-C, the status is 130. Other exceptions are bugs and
-    keep their traceback.
+    stderr and exits with status 2. After Ctrl-C, the status is 130. If the process that reads a
+    pipe has exited, the status is 141. Other exceptions are bugs and keep their traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Print texts that the terminal's encoding lacks as escape sequences.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     names = (argument.lstrip("-").partition("=")[0] for argument in sys.argv if argument[:1] == "-")
     if not {"h", "help", "helpshort", "helpfull"}.isdisjoint(names):
         print(_help(module))
@@ -103,7 +109,13 @@ def _run_main(module: ModuleType, arguments: list[str]) -> int:
             return module.main(arguments[1:]) or 0
         if len(arguments) > 1:
             raise InputError(f"argument {arguments[1]!r}; allowed: flags, --name=value")
-        return module.main() or 0
+        status = module.main() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # At exit, Python flushes standard output, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _STOPPED_BY_SIGPIPE
     except (InputError, MissingExtraError) as error:
         message = str(error)
     except OSError as error:

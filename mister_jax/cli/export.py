@@ -45,7 +45,7 @@ def main() -> None:
     elif _FORMAT.value == "stablehlo":
         from mister_jax.inference.portable import export_program
 
-        export_program(model, _OUTPUT.value)
+        export_program(model, _OUTPUT.value, overwrite=_OVERWRITE.value)
     else:
         export_model(
             model,

@@ -147,7 +147,11 @@ def main() -> int:
     if _RECORDING.value:
         return _predict_recordings()
     from mister_jax.console import output_console, prediction_table
-    from mister_jax.inference.prediction_files import check_predictions_path, write_predictions
+    from mister_jax.inference.prediction_files import (
+        ROW_FORMATS,
+        check_predictions_path,
+        write_predictions,
+    )
     from mister_jax.inference.recognizer import is_unusable, summarize_notes
 
     corpus = _read_corpus()
@@ -155,6 +159,12 @@ def main() -> int:
     dialogues = [dialogue for _, dialogue in corpus.dialogues()]
     for path in _OUTPUT.value:
         check_predictions_path(path)
+        if pathlib.Path(path).suffix not in ROW_FORMATS:
+            raise InputError(
+                f"--output={path}: needs --recording; allowed without it: {', '.join(ROW_FORMATS)}"
+            )
+        if _MANIFEST.value and os.path.realpath(path) == os.path.realpath(_MANIFEST.value):
+            raise InputError(f"--output={path}: would replace --manifest; needed: another file")
     if len(dialogues) > 1 and not _OUTPUT.value:
         raise InputError(f"--output is needed: a file for the {len(dialogues)} dialogues")
     recognizer = _load()
@@ -172,9 +182,11 @@ def main() -> int:
     if len(dialogues) == 1:
         output_console().print(prediction_table([it.text for it in utterances], predictions))
     num_recordings = sum(it.recording is not None for it in utterances)
+    notes = summarize_notes(predictions)
     if num_recordings:
-        notes = summarize_notes(predictions)
         print(f"recordings: {num_recordings}" + (f", of these {notes}" if notes else ""))
+    elif notes:
+        print(f"utterances: {len(utterances)}, of these {notes}")
     for note in corpus.notes:
         print(f"note: {note}")
     for path in _OUTPUT.value:
@@ -423,8 +435,15 @@ def _print_recording(
 
 
 def _check_not_overwritten(utterances: RecordingUtterances, outputs: Sequence[str]) -> None:
-    """Checks that no output replaces the recording or its transcript."""
+    """Checks that no output replaces the recording or one of its transcripts."""
+    from mister_jax.data.transcripts.reader import is_transcript_of
+
     for path in outputs:
+        if is_transcript_of(path, utterances.recording):
+            raise InputError(
+                f"--output={path}: would replace a transcript of {utterances.recording}; needed: "
+                "another file"
+            )
         for source in (utterances.recording, utterances.transcript):
             if source is not None and os.path.realpath(path) == os.path.realpath(source):
                 raise InputError(f"--output={path}: would replace {source}; needed: another file")

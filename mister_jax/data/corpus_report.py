@@ -12,7 +12,7 @@ from mister_jax.data import audio
 from mister_jax.data.audio_source import source_name
 from mister_jax.data.clips import is_audible
 from mister_jax.data.corpus import Corpus, Utterance
-from mister_jax.data.timing import END_TOLERANCE, is_too_fast
+from mister_jax.data.timing import END_TOLERANCE, is_length_mismatch, is_too_fast
 
 RECORDING_ISSUES: Mapping[str, tuple[str, ...]] = {
     "capped": ("seconds",),
@@ -24,10 +24,6 @@ RECORDING_ISSUES: Mapping[str, tuple[str, ...]] = {
     "changed": ("seconds", "changed"),
 }
 """Maps each issue in a report to the facts that the report states about an affected recording."""
-
-# A recording's length does not match its annotation if the difference exceeds both this number of
-# seconds and this fraction of the annotated length.
-_MISMATCH_SECONDS, _MISMATCH_FRACTION = 1.0, 0.5
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
@@ -57,8 +53,7 @@ def recording_facts(
     }
     if utterance.start is not None and utterance.end is not None:
         annotated = utterance.end - utterance.start
-        tolerance = max(_MISMATCH_SECONDS, _MISMATCH_FRACTION * annotated)
-        facts["length_mismatch"] = abs(clip.seconds - annotated) > tolerance
+        facts["length_mismatch"] = is_length_mismatch(clip.seconds, annotated)
         facts["annotated_seconds"] = annotated
     start, end = utterance.recording.start, utterance.recording.end
     if end is not None:

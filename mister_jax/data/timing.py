@@ -17,6 +17,16 @@ _LETTERS_PER_SYLLABLE = 3
 END_TOLERANCE = 0.5
 """Seconds by which an annotation may exceed the end of its recording without being reported."""
 
+# A recording's length does not match its annotation if the difference exceeds both this number of
+# seconds and this fraction of the annotated length.
+_MISMATCH_SECONDS, _MISMATCH_FRACTION = 1.0, 0.5
+
+
+def is_length_mismatch(seconds: float, annotated_seconds: float) -> bool:
+    """Returns whether a recording's length differs greatly from its annotated length."""
+    tolerance = max(_MISMATCH_SECONDS, _MISMATCH_FRACTION * annotated_seconds)
+    return abs(seconds - annotated_seconds) > tolerance
+
 
 def max_characters_per_second(text: str) -> float:
     """Returns the highest plausible speaking rate of a text, in characters per second.

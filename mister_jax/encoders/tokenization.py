@@ -75,7 +75,12 @@ def _special_token_mismatch(tokenizer: Any, config: Mapping[str, Any]) -> str:
 
 
 def encode_texts(
-    tokenizer: Any, texts: Sequence[str], max_tokens: int, *, where: str = ""
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_tokens: int,
+    *,
+    where: str = "",
+    truncated: list[int] | None = None,
 ) -> list[np.ndarray]:
     """Encodes texts as token IDs.
 
@@ -86,8 +91,10 @@ def encode_texts(
     Args:
       tokenizer: Tokenizer from transformers.
       texts: Texts to encode, which must not be empty.
-      max_tokens: Maximum number of tokens; longer texts are truncated and a message is logged.
-      where: Origin of the texts, for the log message.
+      max_tokens: Maximum number of tokens; longer texts are truncated.
+      where: Origin of the texts, for the log message on truncated texts.
+      truncated: List to which the indices of truncated texts are added. If it is given, no message
+        is logged.
 
     Returns:
       Token IDs of each text, [n] int32 with 1 <= n <= `max_tokens`.
@@ -107,12 +114,19 @@ def encode_texts(
         end = [tokenizer.eos_token_id] if special_tokens[-1:] != [tokenizer.eos_token_id] else []
     limit = max_tokens - len(end)
     encoded = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-    num_truncated = sum(len(ids) > limit for ids in encoded)
-    if num_truncated:
-        prefix = f"{where}: " if where else ""
-        logging.warning(
-            "%s%d of %d texts truncated to %d tokens", prefix, num_truncated, len(texts), max_tokens
-        )
+    too_long = [index for index, ids in enumerate(encoded) if len(ids) > limit]
+    if too_long:
+        if truncated is None:
+            prefix = f"{where}: " if where else ""
+            logging.warning(
+                "%s%d of %d texts truncated to %d tokens",
+                prefix,
+                len(too_long),
+                len(texts),
+                max_tokens,
+            )
+        else:
+            truncated += too_long
         encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
     for text, ids in zip(texts, encoded, strict=True):
         if not ids and not end:

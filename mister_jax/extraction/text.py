@@ -44,8 +44,8 @@ class TextInput:
     """Converts texts to tokens and batches; see `Input`. A length step is one token.
 
     Args:
-      encode: Function that returns the token ids of each text. Its argument `where` names the
-        source of the texts in log messages.
+      encode: Function that returns the token ids of each text, with the optional arguments `where`
+        and `truncated` of `encode_texts`.
       max_tokens: Maximum number of tokens per text.
     """
 
@@ -65,12 +65,24 @@ class TextInput:
         encode = functools.partial(self._encode, where=f"dataset {dataset}, split {split}")
         return load_tokens(dataset, split, data_dir, encode)
 
-    def items(self, utterances: Sequence[str]) -> list[np.ndarray]:
-        """Returns the token ids [n] int32 of each text."""
+    def items(
+        self, utterances: Sequence[str], truncated: list[int] | None = None
+    ) -> list[np.ndarray]:
+        """Returns the token ids [n] int32 of each text.
+
+        Args:
+          utterances: Texts, which may be empty.
+          truncated: List to which the indices of truncated texts are added. By default, the number
+            of truncated texts is logged.
+        """
         items = [np.zeros(0, np.int32)] * len(utterances)
         rows = [row for row, text in enumerate(utterances) if text.strip()]
-        for row, tokens in zip(rows, self._encode([utterances[row] for row in rows]), strict=True):
+        too_long: list[int] | None = None if truncated is None else []
+        encoded = self._encode([utterances[row] for row in rows], truncated=too_long)
+        for row, tokens in zip(rows, encoded, strict=True):
             items[row] = tokens
+        if truncated is not None:
+            truncated += (rows[index] for index in too_long or ())
         return items
 
     def windows(self, item: np.ndarray) -> list[np.ndarray]:
@@ -129,8 +141,7 @@ class PretrainedText(Encoder):
             )
         check_max_tokens(module, max_tokens)
 
-        def tokenize(texts: Sequence[str], *, where: str = "") -> list[np.ndarray]:
-            return encode_texts(tokenizer, texts, max_tokens, where=where)
+        tokenize = functools.partial(encode_texts, tokenizer, max_tokens=max_tokens)
 
         def encode(module: Any, batch: dict[str, Any]) -> jax.Array:
             hidden_states = module(batch["input_ids"], batch["mask"])

@@ -47,7 +47,9 @@ print([config["class_names"][index] for index in output["probabilities"][0].argm
 """
 
 
-def export_program(model: epath.PathLike, output: epath.PathLike) -> None:
+def export_program(
+    model: epath.PathLike, output: epath.PathLike, *, overwrite: bool = False
+) -> None:
     """Writes a program that contains MiSTER-E's parameters and accepts dialogues of any length.
 
     The program takes raw features and standardizes them as in training. The predictions of several
@@ -58,13 +60,17 @@ def export_program(model: epath.PathLike, output: epath.PathLike) -> None:
     Args:
       model: See `pretrained.find_model`.
       output: Folder to write, with `model.stablehlo`, `config.json` and a `README.md`.
+      overwrite: Whether to replace an existing program.
 
     Raises:
       InputError: The model is not a MiSTER-E model, or the output exists or cannot be written.
     """
     target = epath.Path(output).resolve()
     if target.exists():
-        raise InputError(f"{target}: exists; allowed: another --output")
+        if not overwrite:
+            raise InputError(f"{target}: exists; allowed: another --output, or --overwrite")
+        if not (target / PROGRAM_FILE).exists():
+            raise InputError(f"{target}: no {PROGRAM_FILE}; --overwrite only replaces a program")
     predictor = load_mister_e(model)
     task = predictor.task
     exported = _export(predictor)
@@ -77,7 +83,7 @@ def export_program(model: epath.PathLike, output: epath.PathLike) -> None:
         "platforms": exported.platforms,
         "jax": jax.__version__,
     }
-    with atomic_directory(target, target.parent, overwrite=False) as place:
+    with atomic_directory(target, target.parent, overwrite=overwrite) as place:
         folder = pathlib.Path(place) / target.name
         folder.mkdir()
         (folder / PROGRAM_FILE).write_bytes(exported.serialize())

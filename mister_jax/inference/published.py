@@ -7,6 +7,7 @@ mean of the models' probabilities for the emotions that both models know.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -196,9 +197,7 @@ def _make_encoder(classifier: Classifier, name: str) -> Encoder:
     if classifier.modality == "text":
         max_tokens = min(_MAX_TOKENS, getattr(module.config, "max_length", None) or _MAX_TOKENS)
 
-        def tokenize(texts: Sequence[str], *, where: str = "") -> list[np.ndarray]:
-            return encode_texts(processor, texts, max_tokens, where=where)
-
+        tokenize = functools.partial(encode_texts, processor, max_tokens=max_tokens)
         inputs: TextInput | SpeechInput = TextInput(tokenize, max_tokens)
     else:
         inputs = SpeechInput(

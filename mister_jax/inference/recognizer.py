@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import os
 import pathlib
@@ -22,6 +23,7 @@ from mister_jax.data.padding import pad_dialogues
 from mister_jax.data.schema import MODALITIES
 from mister_jax.encoders.speech import check_seconds
 from mister_jax.errors import InputError
+from mister_jax.extraction.encoder import encode_items
 from mister_jax.inference import utterance_inputs
 from mister_jax.inference.export import write_model
 from mister_jax.inference.published import PublishedModels
@@ -37,7 +39,7 @@ from mister_jax.pretrained import DEFAULT_MODEL, load_mister_e
 _GROUP_SECONDS = 1200.0
 
 MAX_CONTEXT = 128
-"""Maximum number of a recording's utterances that are predicted together; see `_sections`."""
+"""Maximum number of a dialogue's utterances that are predicted together; see `_sections`."""
 
 NewPaths = str | Mapping[str, str] | None
 """New path of an encoder that has moved, or of its parts by name: "encoder", "adapter", "whisper",
@@ -175,7 +177,8 @@ class EmotionRecognizer(ModelHubMixin):
     ) -> list[list[dict[str, Any]]]:
         """Predicts the emotion of every utterance in one or more dialogues.
 
-        The context of an utterance is its dialogue.
+        The context of an utterance is its dialogue. Dialogues of more than `MAX_CONTEXT` utterances
+        are predicted in overlapping sections, as are recordings.
 
         Args:
           dialogues: Dialogues. A dialogue is a list of its utterances in order, and an utterance is
@@ -208,7 +211,7 @@ class EmotionRecognizer(ModelHubMixin):
         rows = iter(
             self._predict(
                 checked,
-                _consecutive_ranges(map(len, dialogues)),
+                list(map(len, dialogues)),
                 max_seconds=max_seconds,
                 min_confidence=min_confidence,
                 num_workers=num_workers,
@@ -227,27 +230,31 @@ class EmotionRecognizer(ModelHubMixin):
     def _predict(
         self,
         utterances: Sequence[CheckedUtterance],
-        dialogues: Sequence[np.ndarray],
+        lengths: Sequence[int],
         *,
         max_seconds: float,
         min_confidence: float | None = None,
         num_workers: int = 0,
         quiet: bool,
     ) -> list[dict[str, Any]]:
-        """Predicts the emotion of every utterance in each dialogue; see `predict_dialogues`.
+        """Predicts the emotion of every utterance; see `predict_dialogues`.
 
-        `dialogues` contains the indices of the utterances in each dialogue. An utterance may be in
-        several dialogues.
+        `lengths` contains the number of utterances in each dialogue.
         """
         self._check_options(max_seconds, min_confidence)
         if not utterances:
             return []
         encoded, notes = self._encode_utterances(utterances, max_seconds, num_workers, quiet)
-        rows = self._predict_encoded(encoded, dialogues, min_confidence, quiet)
-        return [
-            {**row, "notes": notes[index]}
-            for index, row in zip(np.concatenate(dialogues), rows, strict=True)
-        ]
+        windows, sections = [], []
+        for dialogue in _consecutive_ranges(lengths):
+            for (begin, end), (first, stop) in _sections(len(dialogue)):
+                windows.append(dialogue[first:stop])
+                sections.append(slice(begin - first, end - first))
+        window_rows = iter(self._predict_encoded(encoded, windows, min_confidence, quiet))
+        rows: list[dict[str, Any]] = []
+        for window, section in zip(windows, sections, strict=True):
+            rows += [next(window_rows) for _ in window][section]
+        return [{**row, "notes": note} for row, note in zip(rows, notes, strict=True)]
 
     def _predict_encoded(
         self,
@@ -256,7 +263,11 @@ class EmotionRecognizer(ModelHubMixin):
         min_confidence: float | None,
         quiet: bool,
     ) -> list[dict[str, Any]]:
-        """Predicts the emotions of encoded utterances; see `_predict`. The rows have no notes."""
+        """Predicts the emotions of encoded utterances; the rows have no notes.
+
+        `dialogues` contains the indices of the utterances in each dialogue. An utterance may be in
+        several dialogues.
+        """
         indices = np.concatenate(dialogues)
         features = DialogueFeatures(
             name="recordings",
@@ -349,20 +360,18 @@ class EmotionRecognizer(ModelHubMixin):
             }
             for segment in utterances.segments
         ]
-        sections = list(_sections(len(inputs)))
-        windows = [np.arange(first, stop) for _, (first, stop) in sections]
-        window_rows = iter(
-            self._predict(
-                utterance_inputs.check_utterances([inputs]),
-                windows,
-                max_seconds=max_seconds,
-                min_confidence=min_confidence,
-                quiet=quiet,
-            )
+        # Notes on times are in `segment_notes`.
+        checked = [
+            dataclasses.replace(it, annotated_seconds=None)
+            for it in utterance_inputs.check_utterances([inputs])
+        ]
+        rows = self._predict(
+            checked,
+            [len(checked)],
+            max_seconds=max_seconds,
+            min_confidence=min_confidence,
+            quiet=quiet,
         )
-        rows = []
-        for (begin, end), (first, stop) in sections:
-            rows += [next(window_rows) for _ in range(first, stop)][begin - first : end - first]
         predictions = []
         for number, (segment, notes, row) in enumerate(
             zip(utterances.segments, utterances.segment_notes, rows, strict=True), start=1
@@ -391,9 +400,10 @@ class EmotionRecognizer(ModelHubMixin):
         stream.predict({"text": "Hello?"})
         stream.predict({"text": "You again!", "audio": "2.wav"})
 
-        With a causal model, each prediction equals the prediction of `predict` for the dialogue up
-        to the new utterance, and the time per utterance is constant. With any other model, the
-        stream logs a warning and rereads the last `window` utterances for every new utterance.
+        With a causal model, each of the first `MAX_CONTEXT` predictions equals the prediction of
+        `predict` for the dialogue up to the new utterance, and the time per utterance is constant.
+        With any other model, the stream logs a warning and rereads the last `window` utterances for
+        every new utterance.
 
         Args:
           window: Number of utterances in the window of a model that is not causal.
@@ -445,7 +455,7 @@ class EmotionRecognizer(ModelHubMixin):
         speech, speech_present, notes = self._encode_speech(
             utterances, max_seconds, num_workers, quiet
         )
-        text, text_present = self._encode("text", [it.text for it in utterances], quiet)
+        text, text_present = self._encode_text(utterances, notes, quiet)
         for index in np.flatnonzero(~(speech_present | text_present)):
             modalities = " and no ".join(self._encoders)
             notes[index].append(
@@ -471,9 +481,7 @@ class EmotionRecognizer(ModelHubMixin):
         Speech is decoded and encoded in groups of about `_GROUP_SECONDS`, so memory does not
         grow with the length of a recording.
         """
-        num_utterances = len(utterances)
-        features = np.zeros((num_utterances, self._feature_dims["speech"]), np.float32)
-        present = np.zeros(num_utterances, bool)
+        features, present = self._no_features("speech", len(utterances))
         notes: list[list[str]] = [[] for _ in utterances]
         if "speech" not in self._encoders:
             if any(utterance.speech is not None for utterance in utterances):
@@ -491,11 +499,27 @@ class EmotionRecognizer(ModelHubMixin):
             notes[index] = clip_notes + self._length_notes(clip)
             if num_samples >= _GROUP_SECONDS * SAMPLE_RATE or index == order[-1]:
                 indices = list(group)
-                features[indices], present[indices] = self._encode(
-                    "speech", list(group.values()), quiet
-                )
+                items = self._encoders["speech"].input.items(list(group.values()))
+                features[indices], present[indices] = self._encode_items("speech", items, quiet)
                 group, num_samples = {}, 0
         return features, present, notes
+
+    def _encode_text(
+        self, utterances: Sequence[CheckedUtterance], notes: Sequence[list[str]], quiet: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns text features [N, F] and presence flags [N], and notes truncated texts."""
+        texts = [it.text for it in utterances]
+        if "text" not in self._encoders:
+            if any(texts):
+                logging.warning("text is not used: the model has no text encoder")
+            return self._no_features("text", len(texts))
+        truncated: list[int] = []
+        text_input: Any = self._encoders["text"].input
+        items = text_input.items(texts, truncated)
+        for index in truncated:
+            limit = text_input.max_length
+            notes[index].append(f"{utterance_inputs.CUT}: it reads {limit} tokens of the text")
+        return self._encode_items("text", items, quiet)
 
     def _length_notes(self, clip: np.ndarray) -> list[str]:
         """Returns a note if the speech encoder does not read a clip [S] to the end."""
@@ -505,30 +529,31 @@ class EmotionRecognizer(ModelHubMixin):
         seconds, limit = len(clip) / SAMPLE_RATE, max_samples / SAMPLE_RATE
         return [f"{utterance_inputs.CUT}: {seconds:.1f} s, of which it reads {limit:g} s"]
 
-    def _encode(
-        self, modality: str, items: Sequence[Any], quiet: bool
+    def _no_features(self, modality: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the features and presence flags of utterances that lack the modality."""
+        return np.zeros((count, self._feature_dims[modality]), np.float32), np.zeros(count, bool)
+
+    def _encode_items(
+        self, modality: str, items: Sequence[np.ndarray], quiet: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the features of texts or clips, [N, F], and presence flags, [N]."""
-        dim = self._feature_dims[modality]
-        no_features = np.zeros((len(items), dim), np.float32), np.zeros(len(items), bool)
-        if modality not in self._encoders:
-            if modality == "text" and any(map(len, items)):
-                logging.warning("text is not used: the model has no text encoder")
-            return no_features
+        """Returns the features of an encoder's items, [N, F], and presence flags, [N]."""
+        features, present = self._no_features(modality, len(items))
+        present |= [len(item) > 0 for item in items]
+        if not present.any():
+            return features, present
         encoder = self._encoders[modality]
-        # Silent clips yield no items to encode, and an encoder needs at least one item.
-        encodable = [item for item in encoder.input.items(items) if len(item)]
-        if not encodable:
-            return no_features
+        encodable = [item for item in items if len(item)]
         # If there are few utterances, use smaller batches. Their `budget`, the maximum number of
         # tokens or seconds, is a power of 2, so that few batch shapes are compiled.
         needed = 2 ** math.ceil(math.log2(max(1.0, encoder.input.num_units(encodable))))
         budget = min(encoder.input.budget, needed)
-        features, present = extraction.encode_utterances(encoder, items, budget=budget, quiet=quiet)
-        if features.shape[1] != dim:
+        encoded = encode_items(encoder, encodable, budget, quiet=quiet)
+        if encoded.shape[1] != features.shape[1]:
             raise InputError(
-                f"{modality} encoder: features of width {features.shape[1]}; the model takes {dim}"
+                f"{modality} encoder: features of width {encoded.shape[1]}; the model takes "
+                f"{features.shape[1]}"
             )
+        features[present] = encoded
         return features, present
 
 

@@ -183,8 +183,10 @@ def list_recordings(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
                 f"{', '.join(RECORDING_SUFFIXES)} (subfolders are not searched)"
             )
         recordings += map(str, files)
-    if len(set(recordings)) < len(recordings):
-        raise InputError("a recording is given twice; needed: each recording once")
+    counts = collections.Counter(map(os.path.realpath, recordings))
+    for recording in recordings:
+        if counts[os.path.realpath(recording)] > 1:
+            raise InputError(f"{recording}: given twice; needed: each recording once")
     return recordings
 
 
@@ -208,13 +210,12 @@ def _channel_indices(source: str, channels: Channel) -> tuple[Channel, ...]:
 def _recognize(
     source: str, recognizer: SpeechRecognizer, channels: Sequence[Channel], quiet: bool
 ) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
-    """Returns the segments that a recognizer finds in the given channels, and notes on damage."""
+    """Returns the segments that a recognizer finds in the given channels, and its notes."""
     segments: list[Segment] = []
-    notes: tuple[str, ...] = ()
+    notes: dict[str, None] = {}  # an ordered set
     for channel in channels:
         speech = recognize_speech(source, recognizer, channel=channel, quiet=quiet)
-        if speech.damage:
-            notes = (f"{speech.damage}; only speech that could be decoded is used",)
+        notes |= dict.fromkeys(speech.notes)
         is_split = len(channels) > 1
         segments += (
             dataclasses.replace(
@@ -224,7 +225,7 @@ def _recognize(
             )
             for segment in speech.segments
         )
-    return tuple(sorted(segments, key=lambda segment: segment.start)), notes
+    return tuple(sorted(segments, key=lambda segment: segment.start)), tuple(notes)
 
 
 def _channel_name(channel: Channel) -> str:

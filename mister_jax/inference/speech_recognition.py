@@ -56,6 +56,7 @@ _SEARCH_SECONDS, _PAUSE_SECONDS = 60.0, 0.3
 # A recording counts as truncated if it ends before this fraction of the length in its header. The
 # fraction is below 1, because some headers, such as those of MP3 files, only estimate the length.
 _TRUNCATED_FRACTION = 0.9
+_MAX_NOTES = 5  # maximum number of notes on the samples of a recording
 
 
 def detect_voice_activity(samples: np.ndarray) -> list[Segment]:
@@ -166,12 +167,12 @@ class RecognizedSpeech:
     Attributes:
       segments: Segments, sorted by start time.
       seconds: Length of the recording in seconds.
-      damage: Why a part of the recording could not be read; empty without damage.
+      notes: Notes on damage, missing audio and changes to the samples.
     """
 
     segments: tuple[Segment, ...]
     seconds: float
-    damage: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def recognize_speech(
@@ -197,20 +198,23 @@ def recognize_speech(
     if isinstance(recognizer, WhisperRecognizer):
         recognizer = recognizer.for_recording()
     segments: list[Segment] = []
-    seconds, damage = 0.0, ""
+    seconds = 0.0
+    notes: list[str] = []
     stated_seconds = audio.container_seconds(source) or 0.0
     with ProgressReporter(math.ceil(stated_seconds), unit="seconds", quiet=quiet) as reporter:
-        for offset, samples, piece_damage in _pieces(source, channel):
-            damage = damage or piece_damage
+        for offset, samples in _pieces(source, channel, notes):
             piece_seconds = len(samples) / SAMPLE_RATE
             seconds = offset + piece_seconds
             found = [_check_segment(it, piece_seconds) for it in recognizer(samples)]
             segments += (_shift(it, offset) for it in found if it.end > it.start)
             reporter.advance("recognizing speech", amount=round(piece_seconds))
-    if not damage and seconds < _TRUNCATED_FRACTION * stated_seconds:
-        damage = f"ends at {seconds:.0f} s of the {stated_seconds:.0f} s that its header states"
+    is_damaged = any(note.startswith("damaged") for note in notes)
+    if not is_damaged and seconds < _TRUNCATED_FRACTION * stated_seconds:
+        notes.append(
+            f"ends at {seconds:.0f} s of the {stated_seconds:.0f} s that its header states"
+        )
     segments.sort(key=lambda segment: segment.start)
-    return RecognizedSpeech(tuple(segments), seconds, damage)
+    return RecognizedSpeech(tuple(segments), seconds, tuple(notes))
 
 
 def _check_segment(segment: Segment, piece_seconds: float) -> Segment:
@@ -230,22 +234,35 @@ def _shift(segment: Segment, offset: float) -> Segment:
     )
 
 
-def _pieces(source: Source, channel: Channel) -> Iterator[tuple[float, np.ndarray, str]]:
-    """Yields the offset in seconds, the float32 samples and the damage of consecutive pieces."""
+def _pieces(
+    source: Source, channel: Channel, notes: list[str]
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Yields the offset in seconds and the float32 samples of consecutive pieces.
+
+    Notes on the recording are added to `notes`: one on damage, and each other note once.
+    """
     piece_size = round(_PIECE_SECONDS * SAMPLE_RATE)
-    buffered, offset, damage = np.zeros(0, np.int16), 0, ""
+    buffered, offset = np.zeros(0, np.int16), 0
+    is_damaged = False
+    seen: set[str] = set()
     for block in audio.stream_blocks(source, channel):
-        if block.damaged and not damage:
-            begin = (offset + len(buffered)) / SAMPLE_RATE
-            end = begin + max(1.0, block.seconds)
-            damage = f"damaged between {begin:.0f} and {end:.0f} s"
+        begin = (offset + len(buffered)) / SAMPLE_RATE
+        end = begin + max(1.0, block.seconds)
+        if block.damaged and not is_damaged:
+            is_damaged = True
+            where = f"somewhere between {begin:.0f} and {end:.0f} s"
+            notes.append(f"damaged {where}; only speech that could be decoded is used")
+        for note in block.notes:
+            if note not in seen and len(seen) < _MAX_NOTES:
+                seen.add(note)
+                notes.append(f"{begin:.0f} to {end:.0f} s: {note}")
         buffered = np.concatenate([buffered, block.samples])
         while len(buffered) > piece_size:
             cut = _quietest_index(buffered[:piece_size])
-            yield offset / SAMPLE_RATE, _to_float(buffered[:cut]), damage
+            yield offset / SAMPLE_RATE, _to_float(buffered[:cut])
             buffered, offset = buffered[cut:], offset + cut
     if len(buffered):
-        yield offset / SAMPLE_RATE, _to_float(buffered), damage
+        yield offset / SAMPLE_RATE, _to_float(buffered)
 
 
 def _quietest_index(samples: np.ndarray) -> int:

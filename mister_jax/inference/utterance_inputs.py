@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from mister_jax.data import audio
 from mister_jax.data.clips import is_audible
 from mister_jax.data.corpora.manifest import fields
 from mister_jax.data.corpora.manifest.fields import Fields
+from mister_jax.data.timing import END_TOLERANCE, is_length_mismatch
 from mister_jax.errors import InputError
 
 Utterance = Mapping[str, Any]
@@ -42,11 +44,14 @@ class CheckedUtterance:
       text: Text, empty if it is missing.
       speech: Request to decode a recording, samples [S] int16 at 16 kHz, or None without speech.
       notes: Notes for the user on samples that were passed as an array.
+      annotated_seconds: Length of the speech according to the utterance's times, if known. A
+        recording of another length gets a note.
     """
 
     text: str
     speech: audio.DecodeRequest | np.ndarray | None
     notes: tuple[str, ...] = ()
+    annotated_seconds: float | None = None
 
 
 def check_utterances(dialogues: Sequence[Sequence[Utterance]]) -> list[CheckedUtterance]:
@@ -117,6 +122,7 @@ def decode_speech(
                 else:
                     samples = clip.samples
                     notes += _clip_notes(clip, max_seconds)
+                    notes += _length_notes(clip, utterance.speech, utterance.annotated_seconds)
             if len(samples) and not is_audible(samples):
                 notes.append(f"{SILENT}: predicted without speech")
             yield samples, notes
@@ -178,7 +184,17 @@ def _check_utterance(
     if samples is not None:
         return CheckedUtterance(text, *samples)
     if path is not None:
-        return CheckedUtterance(text, audio.DecodeRequest(path, *interval, row.channel()))
+        given = row.values["audio"]
+        if given != path and pathlib.Path(given).exists():  # a name with a space at an end
+            path = given
+        request = audio.DecodeRequest(path, *interval, row.channel())
+        start, end = interval
+        if interval == (None, None):
+            start, end = row.interval("start", "end")
+        elif start is None:
+            start = 0.0
+        seconds = None if start is None or end is None else end - start
+        return CheckedUtterance(text, request, annotated_seconds=seconds)
     if row.values.get("text") is None:
         row.fail("audio", "missing, and text is also missing; needed: at least one of them")
     return CheckedUtterance(text, None)
@@ -211,6 +227,23 @@ def _clip_notes(clip: audio.Clip, max_seconds: float) -> list[str]:
     if clip.damaged:
         notes.append(f"{DAMAGED}: some of it could not be decoded")
     return notes
+
+
+def _length_notes(
+    clip: audio.Clip, request: audio.DecodeRequest, annotated_seconds: float | None
+) -> list[str]:
+    """Returns a note if a clip is not as long as the times of its utterance say."""
+    if annotated_seconds is None:
+        return []
+    if request.end is not None:
+        late = annotated_seconds - clip.seconds
+        return [f"{NOTE}: ends {late:.1f} s after the recording"] if late > END_TOLERANCE else []
+    if request.start is not None or not is_length_mismatch(clip.seconds, annotated_seconds):
+        return []
+    return [
+        f"{NOTE}: all {clip.seconds:.1f} s of the recording are read, but start and end are "
+        f"{annotated_seconds:.1f} s apart; audio_start and audio_end select a part"
+    ]
 
 
 def _capped_note(seconds: float, max_seconds: float) -> str:

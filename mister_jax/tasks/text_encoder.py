@@ -49,9 +49,9 @@ class TextEncoderTask(EncoderTask):
             self.folder, self._abstract_backbone.config, hf_config=self._backbone_config
         )
 
-    def encode(self, texts: Any, *, where: str = "") -> list[np.ndarray]:
-        """Tokenizes texts; see `encode_texts`."""
-        return encode_texts(self.tokenizer, texts, self.options.max_tokens, where=where)
+    def encode(self, texts: Any, **options: Any) -> list[np.ndarray]:
+        """Tokenizes texts; `options` are `where` and `truncated` of `encode_texts`."""
+        return encode_texts(self.tokenizer, texts, self.options.max_tokens, **options)
 
     def make_model(self, backbone: Any, head: UtteranceHead) -> TextUtterance:
         """Combines a backbone and a head into the model."""

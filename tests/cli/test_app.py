@@ -2,6 +2,9 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 import types
 
 import pytest
@@ -55,3 +58,33 @@ def test_other_errors_keep_their_traceback(bug, monkeypatch):
     with pytest.raises(type(bug)) as error:
         app.run(types.SimpleNamespace(main=main))
     assert error.value is bug
+
+
+PRINT = """
+import sys, types
+from mister_jax.cli import app
+
+count = int(sys.argv.pop())
+
+def main():
+    for _ in range(count):
+        print("caf\u00e9 \u4f60")
+
+app.run(types.SimpleNamespace(main=main))
+"""
+
+
+def test_the_end_of_the_reader_of_a_pipe_ends_a_command_quietly():
+    command = [sys.executable, "-c", PRINT, "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_texts_are_printed_in_any_encoding():
+    command = [sys.executable, "-c", PRINT, "1"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert subprocess.check_output(command, env=environment) == b"caf\\xe9 \\u4f60\n"

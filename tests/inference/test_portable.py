@@ -10,7 +10,7 @@ import pytest
 from mister_jax import data
 from mister_jax.calibration import Calibration, write_calibration
 from mister_jax.errors import InputError
-from mister_jax.inference.portable import export_program
+from mister_jax.inference.portable import PROGRAM_FILE, export_program
 from mister_jax.predictor import Predictor
 from tests.helpers.training import ALL_LAYERS, write_untrained_workdir
 
@@ -47,7 +47,11 @@ def test_a_program_equals_the_predictor_where_only_jax_is_installed(
     )
     if num_seeds == 2:
         write_calibration(run, Calibration(0.5, (0.2, -0.2)), Predictor(run).progress)
-    export_program(run, tmp_path / "program")
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / PROGRAM_FILE).touch()
+    export_program(run, tmp_path / "program", overwrite=True)
+    with pytest.raises(InputError, match="program: a StableHLO program, which JAX runs without"):
+        Predictor(tmp_path / "program")
     config = json.loads((tmp_path / "program" / "config.json").read_text())
     assert config["class_names"] == ["angry", "calm"]
     assert config["inputs"]["mask"] == "bool[batch, length]"
@@ -79,8 +83,10 @@ def test_a_program_equals_the_predictor_where_only_jax_is_installed(
 
 
 def test_a_program_is_not_written_over_other_files(workdir, tmp_path):
-    with pytest.raises(InputError, match="exists; allowed: another --output"):
+    with pytest.raises(InputError, match="exists; allowed: another --output, or --overwrite"):
         export_program(workdir, tmp_path)
+    with pytest.raises(InputError, match=r"no model.stablehlo; --overwrite only replaces a"):
+        export_program(workdir, tmp_path, overwrite=True)
     with pytest.raises(InputError, match="no such folder"):
         export_program(tmp_path / "nothing", tmp_path / "program")
     assert not list(tmp_path.iterdir())

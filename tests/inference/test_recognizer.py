@@ -1,5 +1,6 @@
 """`EmotionRecognizer`: from recordings and texts to emotions."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -247,6 +248,46 @@ def test_speech_beyond_a_limit_is_noted(recognizer, workdir, tmp_path):
     copy = copy_with_encoder(workdir, tmp_path / "run", "speech", options=options)
     (row,) = mister_jax.load(copy).predict([{"audio": samples}])
     assert row["notes"] == ["cut by the encoder: 3.0 s, of which it reads 1 s"]
+
+
+def test_times_that_do_not_fit_a_recording_are_noted(recognizer, tmp_path):
+    path = tmp_path / "call.wav"
+    encode_wav(path, (3000 * np.random.default_rng(0).normal(size=48_000)).astype(np.int16))
+    times = [
+        {"start": 10, "end": 13.2},
+        {"start": 1, "end": 2},
+        {"audio_start": 1, "audio_end": 2},
+        {"audio_start": 1, "audio_end": 9},
+    ]
+    notes = [recognizer.predict([{"audio": path, **it}])[0]["notes"] for it in times]
+    assert notes == [
+        [],
+        [
+            "note: all 3.0 s of the recording are read, but start and end are 1.0 s apart; "
+            "audio_start and audio_end select a part"
+        ],
+        [],
+        ["note: ends 6.0 s after the recording"],
+    ]
+
+
+def test_a_truncated_text_is_noted_once(recognizer, caplog):
+    texts = ["so mad", "glad " * 300, ""]
+    rows = recognizer.predict([{"text": text} for text in texts])
+    kinds = [[note.partition(":")[0] for note in row["notes"]] for row in rows]
+    assert kinds == [[], ["cut by the encoder"], ["no input"]]
+    limit = recognizer._encoders["text"].input.max_length
+    assert rows[1]["notes"] == [f"cut by the encoder: it reads {limit} tokens of the text"]
+    assert "truncated" not in caplog.text
+
+
+def test_a_file_name_may_begin_with_a_space(recognizer, tmp_path):
+    samples = (3000 * np.random.default_rng(0).normal(size=16_000)).astype(np.int16)
+    encode_wav(tmp_path / " call.wav", samples)
+    with contextlib.chdir(tmp_path):
+        (row,) = recognizer.predict([{"audio": " call.wav"}])
+    assert row["notes"] == []
+    assert_predictions_close([row], recognizer.predict([{"audio": samples}]))
 
 
 def test_further_columns_do_not_change_predictions(workdir, recognizer, tmp_path):

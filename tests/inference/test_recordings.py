@@ -17,6 +17,7 @@ from mister_jax.data.audio import encode_wav
 from mister_jax.data.audio_source import AudioError
 from mister_jax.data.transcripts.reader import (
     find_transcript,
+    is_transcript_of,
     read_annotation,
     read_transcript,
 )
@@ -116,6 +117,7 @@ def test_an_output_beside_the_recording_is_not_taken_for_a_transcript(
     # A TextGrid with texts looks like an annotation.
     expected = output if ending == "TextGrid" and has_text else None
     assert find_transcript(recording) == expected
+    assert not is_transcript_of(output, recording)
     is_ambiguous = ending == "srt" or (ending == "TextGrid" and not has_text)
     assert ("if it is a transcript, pass its path" in caplog.text) == is_ambiguous
 
@@ -212,18 +214,25 @@ def test_long_conversations_are_predicted_in_overlapping_sections(
     recognizer, recording, monkeypatch
 ):
     segments = [
-        Segment(0.01 * n, 0.01 * n + 0.5, "so mad and glad."[: 3 + n % 9]) for n in range(50)
+        Segment(0.05 * n, 0.05 * n + 0.04, "so mad and glad."[: 3 + n % 9]) for n in range(50)
     ]
-    options = {"transcript": segments, "rules": UtteranceRules(max_gap=0.0)}
-    expected = recognizer.predict_recording(recording, **options)
+
+    def predict(segments):
+        rules = UtteranceRules(max_gap=0.0)
+        rows = recognizer.predict_recording(recording, transcript=segments, rules=rules)
+        assert [row["text"] for row in rows] == [it.text for it in segments]
+        return rows
+
     monkeypatch.setattr(recognizer_module, "MAX_CONTEXT", 16)
-    rows = recognizer.predict_recording(recording, **options)
-    assert [row["start"] for row in rows] == [row["start"] for row in expected]
-    assert_predictions_close(
-        rows[:4], recognizer.predict_recording(recording, transcript=segments[:12])[:4]
-    )
-    window = recognizer.predict_recording(recording, transcript=segments[4:20])
+    rows = predict(segments)
+    assert_predictions_close(rows[:4], predict(segments[:12])[:4])
+    window = predict(segments[4:20])
     assert_predictions_close(rows[8:16], window[4:12])
+    dialogue = [
+        {"audio": recording, "audio_start": it.start, "audio_end": it.end, "text": it.text}
+        for it in segments
+    ]
+    assert_predictions_close(recognizer.predict(dialogue), rows)
 
 
 def test_memory_does_not_grow_with_the_length_of_speech(recognizer, recording, srt, monkeypatch):
@@ -446,6 +455,29 @@ def test_the_good_part_of_a_damaged_recording_is_used(tmp_path):
     assert any("damaged" in note for note in found.notes)
 
 
+def test_missing_audio_is_noted_without_a_transcript(monkeypatch):
+    samples = np.concatenate([voice(2.0, 150), silence(0.5)])
+    blocks = [
+        audio.Clip(samples, 2.5),
+        audio.Clip(samples, 2.5, notes=("1.0 s missing",)),
+        audio.Clip(samples, 2.5, damaged=True, notes=("1.0 s missing",)),
+    ]
+    monkeypatch.setattr(audio, "stream_blocks", lambda *_: iter(blocks))
+    monkeypatch.setattr(audio, "container_seconds", lambda _: None)
+    speech = recognize_speech("call.webm", loud_segments)
+    assert speech.notes == (
+        "2 to 5 s: 1.0 s missing",
+        "damaged somewhere between 5 and 8 s; only speech that could be decoded is used",
+    )
+
+
+def test_only_transcripts_of_a_recording_are_protected(recording, srt):
+    other, missing = recording.with_name("other.srt"), recording.with_suffix(".vtt")
+    other.write_text(srt.read_text())
+    assert is_transcript_of(srt, recording)
+    assert not any(is_transcript_of(path, recording) for path in (other, missing))
+
+
 def test_a_folder_stands_for_its_recordings(tmp_path):
     with pytest.raises(InputError, match="no recordings"):
         list_recordings([tmp_path])
@@ -454,6 +486,8 @@ def test_a_folder_stands_for_its_recordings(tmp_path):
     assert list_recordings([tmp_path]) == [str(tmp_path / "a.mp4"), str(tmp_path / "b.WAV")]
     with pytest.raises(InputError, match="given twice"):
         list_recordings([tmp_path / "a.mp4", tmp_path])
+    with pytest.raises(InputError, match="given twice"):
+        list_recordings([tmp_path / "a.mp4", f"{tmp_path}/./a.mp4"])
 
 
 def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path):
@@ -488,6 +522,9 @@ def calls(tmp_path_factory):
     )
     (folder / "late.srt").write_text("1\n00:01:00,000 --> 00:01:01,000\nso mad.\n")
     (folder / "empty").mkdir()
+    (folder / "rows.jsonl").write_text(
+        '{"dialogue": 1, "utterance": 1, "order": 1, "text": "glad"}\n'
+    )
     encode_wav(folder / "silence.flac", np.zeros(16_000, np.int16))
     tiers = "".join(
         f'"IntervalTier"\n"{name}"\n0\n2\n1\n0\n2\n"mad"\n' for name in ("words", "phones")
@@ -532,6 +569,9 @@ BAD_COMMANDS = {
     ("--recording=first.wav", "--recognizer=nowhere", "--nosearch_transcript"): "cannot be loaded",
     ("--recording=first.wav", "--channels=split"): "one channel; needed for --channels=split",
     ("--recording=first.wav", "--output=first.srt"): "--output=first.srt: would replace",
+    ("--recording=first.wav", "--no_text", "--output={name}.srt"): "would replace a transcript of",
+    ("--manifest=rows.jsonl", "--output=./rows.jsonl"): "would replace --manifest",
+    ("--text=glad", "--output=one.srt"): "one.srt: needs --recording; allowed without it: .jsonl",
     ("--recording=first.wav", "--output=first.wav.srt", "--channels=9"): "first.wav is 1",
     ("--recording=first.wav", "--audio_channel=left"): "cannot be used with --recording",
     ("--audio=first.wav", "--channels=left"): "--channels: needs --recording",

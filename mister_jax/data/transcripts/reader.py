@@ -210,8 +210,27 @@ class TranscriptFinder:
         return dict(itertools.takewhile(lambda it: it[0].startswith(prefix), rest))
 
 
-def _is_transcript(path: pathlib.Path) -> bool:
-    if _is_prediction(path):
+def is_transcript_of(path: str | os.PathLike[str], recording: str | os.PathLike[str]) -> bool:
+    """Returns whether a file is next to a recording, is named after it, and is its transcript.
+
+    Output of `mister-jax predict` is not a transcript, nor is a TextGrid with a tier of emotions.
+    """
+    path, source = pathlib.Path(path), pathlib.Path(existing_path(recording))
+    is_beside = os.path.realpath(path.parent) == os.path.realpath(source.parent)
+    has_name = _normalized(path.name).startswith(f"{_normalized(source.stem)}.")
+    if not (is_beside and has_name and path.suffix.lower() in SUFFIXES and path.is_file()):
+        return False
+    if path.suffix.lower() == ".textgrid":
+        try:
+            annotation = read_annotation(path)
+        except InputError:
+            return True
+        return annotation is None or not any(is_emotion_tier(it.name) for it in annotation.tiers)
+    return _is_transcript(path, quiet=True)
+
+
+def _is_transcript(path: pathlib.Path, *, quiet: bool = False) -> bool:
+    if _is_prediction(path, quiet=quiet):
         return False
     if path.suffix.lower() in (".json", ".csv", ".tsv"):
         try:
@@ -221,8 +240,8 @@ def _is_transcript(path: pathlib.Path) -> bool:
     return path.is_file()
 
 
-def _is_prediction(path: pathlib.Path) -> bool:
-    """Returns whether a file is an output of `mister-jax predict`."""
+def _is_prediction(path: pathlib.Path, *, quiet: bool) -> bool:
+    """Returns whether a file is an output of `mister-jax predict`, with a warning if it may not."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             text = file.read(100_000)
@@ -237,7 +256,7 @@ def _is_prediction(path: pathlib.Path) -> bool:
         # In predictions, the first line of every cue starts with the emotion in brackets.
         texts = re.findall(r"-->.*\n(.+)", text)
         is_labeled = bool(texts) and all(re.match(r"\[[^\]]+\](?: |$)", line) for line in texts)
-        if is_labeled:
+        if is_labeled and not quiet:
             label = f"{texts[0].partition(']')[0]}]"
             _warn_of_skipped(path, f'every cue starts with a label, "{label}"')
         return is_labeled
@@ -248,7 +267,7 @@ def _is_prediction(path: pathlib.Path) -> bool:
             return False  # Reading the transcript reports the error.
         tiers = [tier.name for tier in annotation.tiers if tier.filled] if annotation else []
         has_only_emotions = bool(tiers) and all(map(is_emotion_tier, tiers))
-        if has_only_emotions:
+        if has_only_emotions and not quiet:
             _warn_of_skipped(path, f"it has no text, only {', '.join(tiers)}")
         return has_only_emotions
     return suffix == ".eaf" and 'AUTHOR="mister_jax"' in text
