@@ -122,6 +122,15 @@ def test_an_output_beside_the_recording_is_not_taken_for_a_transcript(
     assert ("if it is a transcript, pass its path" in caplog.text) == is_ambiguous
 
 
+def test_a_written_csv_is_read_as_a_transcript(recognizer, recording, srt, tmp_path):
+    rows = recognizer.predict_recording(recording)
+    write_predictions(tmp_path / "out.csv", rows)
+    segments = read_transcript(tmp_path / "out.csv").segments
+    assert [(it.start, it.end, it.text, it.speaker) for it in segments] == [
+        (*turn, None) for turn in TURNS
+    ]
+
+
 @pytest.mark.parametrize("speakers", [("Ann", "Bo"), ("Ann", None), ("Ann", "Ann 2")])
 @pytest.mark.parametrize("ending", ["eaf", "TextGrid"])
 def test_the_texts_of_a_written_annotation_are_read_without_naming_tiers(

@@ -216,7 +216,8 @@ def _match_order(fields: Mapping[str, _DialogueField]) -> tuple[str, dict[str, l
 def _match_names(fields: Mapping[str, _DialogueField]) -> dict[str, list[str]]:
     """Returns, for each entry, the keys of the fields whose names and kinds fit the entry.
 
-    A role that several fields fit is left out.
+    If several fields fit a role, the field with the name of the role is used. If there is no such
+    field, the role is left out.
     """
     keys: dict[str, list[str]] = {}
     for key, field in fields.items():
@@ -224,6 +225,9 @@ def _match_names(fields: Mapping[str, _DialogueField]) -> dict[str, list[str]]:
             if field.kind in _CHOOSABLE.get(entry, ()) and has_name(key, entry):
                 keys.setdefault(entry, []).append(key)
                 break
+    for entry, found in keys.items():
+        if entry not in _NOTES and entry in found:
+            keys[entry] = [entry]
     return {entry: found for entry, found in keys.items() if len(found) == 1 or entry in _NOTES}
 
 

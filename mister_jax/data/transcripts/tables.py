@@ -10,6 +10,7 @@ import pathlib
 import re
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from mister_jax.data.transcripts.parsing import (
     DetectedFormat,
@@ -155,41 +156,62 @@ def _read_ctm(rows: list[list[str]], selection: Selection, notes: Notes) -> Tran
     return Transcript("CTM", tuple(segments))
 
 
+class _Column(NamedTuple):
+    """Index of a column, and the factor that converts the column's times to seconds."""
+
+    index: int
+    scale: float = 1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class _Table:
     """A table with a column `start`, and a column `end` or `duration`.
 
     Attributes:
-      columns: Index of each recognized column, and the factor that converts the column's times to
-        seconds. The keys are keys of `_ALIASES`.
+      candidates: Columns by field, which is a key of `_ALIASES`. A field has several columns if
+        none has the name of the field, and several have one of the field's other names.
       header: Names of all columns as in the file; empty if the file has no header.
       rows: Fields of each row below the header.
     """
 
-    columns: dict[str, tuple[int, float]]
+    candidates: dict[str, list[_Column]]
     header: tuple[str, ...]
     rows: tuple[list[str], ...]
 
-    def column(self, name: str) -> int | None:
-        return self.columns[name][0] if name in self.columns else None
+    def column(self, field: str) -> _Column | None:
+        """Returns the column of a field, or None if there is no such column.
+
+        Raises:
+          InputError: Several columns fit the field.
+        """
+        candidates = self.candidates.get(field, [])
+        if len(candidates) > 1:
+            names = " and ".join(repr(self.header[column.index]) for column in candidates)
+            raise InputError(
+                f"has several columns for the {field}, {names}; name exactly one of them {field!r}"
+            )
+        return candidates[0] if candidates else None
 
 
 def _parse_table(text: str, delimiter: str) -> _Table | None:
     rows = [row for row in _split_rows(text, delimiter) if any(field.strip() for field in row)]
     if not rows:
         return None
-    columns: dict[str, tuple[int, float]] = {}
-    for index, name in enumerate(rows[0]):
-        column, scale = _COLUMNS.get(_normalized(name), (None, 1.0))
-        if column:
-            columns.setdefault(column, (index, scale))
-    if "start" in columns and ("end" in columns or "duration" in columns):
-        return _Table(columns, tuple(name.strip() for name in rows[0]), tuple(rows[1:]))
+    header = tuple(name.strip() for name in rows[0])
+    names = [_normalized(name) for name in header]
+    candidates: dict[str, list[_Column]] = {}
+    for index, name in enumerate(names):
+        field, scale = _COLUMNS.get(name, (None, 1.0))
+        # In a file with the columns `utterance` and `text`, the utterance is an id.
+        if field and (name == field or field not in names):
+            candidates.setdefault(field, []).append(_Column(index, scale))
+    if "start" in candidates and ("end" in candidates or "duration" in candidates):
+        return _Table(candidates, header, tuple(rows[1:]))
     # Without a header: whisper-timestamped writes text, start, end; Audacity start, end, text.
     for order in (("text", "start", "end"), ("start", "end", "text")):
         start, end = order.index("start"), order.index("end")
         if all(len(row) == 3 and _is_time(row[start]) and _is_time(row[end]) for row in rows):
-            return _Table({name: (order.index(name), 1.0) for name in order}, (), tuple(rows))
+            return _Table({name: [_Column(order.index(name))] for name in order}, (), tuple(rows))
     return None
 
 
@@ -215,25 +237,28 @@ def _unquoted(field: str) -> str:
 
 
 def _read_table(table: _Table, name: str, selection: Selection, notes: Notes) -> Transcript:
-    label = table.column("label")
-    if selection.label_column is not None:
+    if selection.label_column is None:
+        label = table.column("label")
+    else:
         headers = [_normalized(header) for header in table.header]
         if _normalized(selection.label_column) not in headers:
             listed = ", ".join(table.header) or "none, because the file has no header"
             raise InputError(f"has no column {selection.label_column!r}; columns: {listed}")
-        label = headers.index(_normalized(selection.label_column))
+        label = _Column(headers.index(_normalized(selection.label_column)))
     rows = list(enumerate(table.rows, 1 + bool(table.header)))
     recording = table.column("recording")
     if recording is not None:
-        names = [_recording_name(row, recording) for _, row in rows]
+        names = [_recording_name(_field(row, recording)) for _, row in rows]
         if names:
             selected = select_recording(names, selection.recording)
             rows = [row for row, name in zip(rows, names, strict=True) if name == selected]
     scale = _scale_of_whisper(table, notes)
+    time_columns = {name: table.column(name) for name in ("start", "end", "duration")}
+    text, speaker = table.column("text"), table.column("speaker")
     segments = []
     for number, row in rows:
         try:
-            times = [_time_of(table, row, name) for name in ("start", "end", "duration")]
+            times = [_time_of(row, column, name) for name, column in time_columns.items()]
         except ValueError as error:
             raise InputError(f"row {number}: {error}") from None
         start, end, duration = times
@@ -242,37 +267,32 @@ def _read_table(table: _Table, name: str, selection: Selection, notes: Notes) ->
         if start is None or end is None:
             notes.leave_out("without times")
             continue
-        text, speaker = (_field(row, table.column(name)) for name in ("text", "speaker"))
         segments.append(
             Segment(
                 scale * start,
                 scale * end,
-                one_line(text),
-                one_line(speaker) or None,
+                one_line(_field(row, text)),
+                one_line(_field(row, speaker)) or None,
                 label=_field(row, label).strip() or None,
             )
         )
-    return Transcript(name, tuple(segments), has_text=table.column("text") is not None)
+    return Transcript(name, tuple(segments), has_text=text is not None)
 
 
-def _recording_name(row: list[str], column: int) -> str:
-    name = _field(row, column).strip().replace("\\", "/")
-    return pathlib.PurePosixPath(name).stem
+def _recording_name(path: str) -> str:
+    return pathlib.PurePosixPath(path.strip().replace("\\", "/")).stem
 
 
-def _field(row: Sequence[str], column: int | None) -> str:
-    return row[column] if column is not None and column < len(row) else ""
+def _field(row: Sequence[str], column: _Column | None) -> str:
+    return row[column.index] if column is not None and column.index < len(row) else ""
 
 
-def _time_of(table: _Table, row: list[str], name: str) -> float | None:
-    if name not in table.columns:
-        return None
-    column, scale = table.columns[name]
+def _time_of(row: list[str], column: _Column | None, name: str) -> float | None:
     text = _field(row, column).strip()
-    if not text:
+    if column is None or not text:
         return None
     try:
-        return scale * parse_seconds(text)
+        return column.scale * parse_seconds(text)
     except ValueError:
         raise ValueError(f"{name} {text!r} is not a time") from None
 
@@ -283,9 +303,11 @@ def _scale_of_whisper(table: _Table, notes: Notes) -> float:
     Whisper's TSV files have the columns start, end and text, and integer times. In such a table,
     the times are milliseconds if the median segment would otherwise last 100 s or longer.
     """
-    times = [(_field(row, 0).strip(), _field(row, 1).strip()) for row in table.rows]
-    are_integers = all(start.isdecimal() and end.isdecimal() for start, end in times)
-    if table.header != ("start", "end", "text") or not times or not are_integers:
+    if table.header != ("start", "end", "text") or not table.rows:
+        return 1.0
+    start, end = _Column(0), _Column(1)
+    times = [(_field(row, start).strip(), _field(row, end).strip()) for row in table.rows]
+    if not all(start.isdecimal() and end.isdecimal() for start, end in times):
         return 1.0
     if statistics.median(int(end) - int(start) for start, end in times) < 100:
         return 1.0

@@ -135,6 +135,17 @@ def test_the_layouts_of_published_projects_are_recognized(tmp_path, name):
     assert test.utterance_ids[1] == ("Ses05F_impro01_F001" if has_ids else "Ses05F_impro01_1")
 
 
+def test_a_field_with_the_name_of_a_role_is_preferred(tmp_path):
+    content = {
+        **{"roberta": LAYERS[0], "text": TEXT, "emotion": SENTIMENT, "label": LABELS},
+        **{"utterances": IDS, "sentence": SENTENCES},
+    }
+    roles = {row[0]: row[-1] for row in summarize_file(write(tmp_path, content)).fields}
+    assert {role: key for key, role in roles.items() if role} == {
+        role: role for role in ("text", "label", "sentence")
+    }
+
+
 def test_two_files_of_one_corpus_are_joined(tmp_path):
     """As in M3NET, text and validation split are from COSMIC's file, and speech is from MMGCN's."""
     second = write(tmp_path, COSMIC).rename(tmp_path / "roberta.pkl")

@@ -120,6 +120,33 @@ def test_columns_of_csv_have_aliases(read, header, delimiter):
     )
 
 
+def test_a_column_with_the_name_of_a_field_is_preferred(read):
+    table = (
+        "utterance,from,start,stop,end,role,speaker,file,recording,emotion,label,Text\n"
+        "u1,8,0,9,1,caller,Ann,b.wav,a.wav,7,joy,Hello.\n"
+    )
+    assert read("a.csv", table).segments == (Segment(0, 1, "Hello.", "Ann", label="joy"),)
+    aliases = table.replace("Text", "Comment").replace(",speaker", ",").replace(",recording", ",")
+    assert read("a.csv", aliases).segments == (Segment(0, 1, "u1", "caller", label="joy"),)
+
+
+@pytest.mark.parametrize(
+    ("header", "names"),
+    [
+        ("start,end,utterance,Sentence", "text, 'utterance' and 'Sentence'"),
+        ("start,end,Text,text", "text, 'Text' and 'text'"),
+        ("start,end,role,spk", "speaker, 'role' and 'spk'"),
+        ("begin,end,onset,text", "start, 'begin' and 'onset'"),
+        ("start,to,stop,text", "end, 'to' and 'stop'"),
+    ],
+)
+def test_several_columns_for_a_field_are_an_error(read, header, names):
+    field = names.partition(",")[0]
+    message = f"a.csv: has several columns for the {names}; name exactly one of them '{field}'"
+    with pytest.raises(InputError, match=f"{message}$"):
+        read("a.csv", f"{header}\n0,1,2,3\n")
+
+
 def test_units_and_durations(read, times):
     assert times(read("a.csv", "start_ms,dur_ms,text\n500,250,a\n")) == [(0.5, 0.75, "a")]
     assert times(read("a.csv", "start,duration,text\n500,250,a\n")) == [(500, 750, "a")]
