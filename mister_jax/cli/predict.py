@@ -74,11 +74,14 @@ _CHANNELS = flags.DEFINE_string(
     "channels", "mix", "channels of --recording: mix, left, right, an index, or split"
 )
 _JOIN_GAP = flags.DEFINE_float(
-    "join_gap", UtteranceRules.max_gap, "longest silence in a sentence in seconds", lower_bound=0
+    "join_gap",
+    UtteranceRules.join_gap,
+    "join segments of a sentence if the silence between them is shorter, in seconds; 0 joins none",
+    lower_bound=0,
 )
 _UTTERANCE_SECONDS = flags.DEFINE_float(
     "utterance_seconds",
-    UtteranceRules.max_seconds,
+    UtteranceRules.utterance_seconds,
     "longest utterance in seconds that joining may create",
     lower_bound=1,
 )
@@ -326,7 +329,9 @@ def _predict_recordings() -> int:
         "recognizer": speech_recognizer,
         "language": _LANGUAGE.value,
         "channels": _CHANNELS.value,
-        "rules": UtteranceRules(max_gap=_JOIN_GAP.value, max_seconds=_UTTERANCE_SECONDS.value),
+        "rules": UtteranceRules(
+            join_gap=_JOIN_GAP.value, utterance_seconds=_UTTERANCE_SECONDS.value
+        ),
     }
     num_used = _predict_each(recognizer, recordings, options, outputs)
     if num_used == len(recordings):

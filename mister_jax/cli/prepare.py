@@ -98,11 +98,14 @@ _CHANNEL = flags.DEFINE_string(
     "channel of transcribed recordings: mix, left, right, an index, or split",
 )
 _JOIN_GAP = flags.DEFINE_float(
-    "join_gap", UtteranceRules.max_gap, "longest silence in a sentence in seconds", lower_bound=0
+    "join_gap",
+    UtteranceRules.join_gap,
+    "join segments of a sentence if the silence between them is shorter, in seconds; 0 joins none",
+    lower_bound=0,
 )
 _UTTERANCE_SECONDS = flags.DEFINE_float(
     "utterance_seconds",
-    UtteranceRules.max_seconds,
+    UtteranceRules.utterance_seconds,
     "longest utterance in seconds that joining may create",
     lower_bound=1,
 )
@@ -310,7 +313,7 @@ def _preparation(corpus: str) -> PrepareOptions:
             _LABEL_COLUMN.value,
             _LABEL_SUFFIX.value,
             _CHANNEL.value,
-            UtteranceRules(max_gap=_JOIN_GAP.value, max_seconds=_UTTERANCE_SECONDS.value),
+            UtteranceRules(join_gap=_JOIN_GAP.value, utterance_seconds=_UTTERANCE_SECONDS.value),
         ),
         partial=_PARTIAL.value,
         overwrite=_OVERWRITE.value,

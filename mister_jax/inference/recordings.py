@@ -22,6 +22,7 @@ from mister_jax.data.audio_source import (
     existing_path,
 )
 from mister_jax.data.timing import END_TOLERANCE, is_too_fast, max_characters_per_second
+from mister_jax.data.transcripts.parsing import Notes
 from mister_jax.data.transcripts.reader import find_transcript, read_transcript
 from mister_jax.data.transcripts.segments import Segment
 from mister_jax.data.transcripts.utterances import UtteranceRules, make_utterances
@@ -138,7 +139,9 @@ def find_utterances(
         if len(indices) > 1:
             segments = _assign_channels(source, segments, indices)
     if any(segment.text for segment in segments):
-        segments = make_utterances(segments, rules or UtteranceRules())
+        joining = Notes()
+        segments = make_utterances(segments, rules, joining)
+        notes += joining.messages()
     if len(indices) == 1:
         # The channel of a transcript's segment is used only if the channels are split.
         segments = tuple(dataclasses.replace(it, channel=indices[0]) for it in segments)

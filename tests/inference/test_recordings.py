@@ -103,6 +103,15 @@ def test_the_transcript_beside_a_recording_can_be_ignored(recording, srt):
     assert [(it.start, it.end, it.text) for it in found.segments] == [(0.0, 3.0, "so mad")]
 
 
+def test_joined_segments_are_noted(recording, srt):
+    assert find_utterances(recording).notes == ()
+    srt.write_text(srt.read_text().replace("happy.", "happy,"))
+    found = find_utterances(recording)
+    assert [it.text for it in found.segments] == ["so happy, we are mad.", "glad today."]
+    assert found.notes == ("2 segments are joined into 1 utterance; --join_gap=0 joins none",)
+    assert len(find_utterances(recording, rules=UtteranceRules(join_gap=0)).segments) == 3
+
+
 @pytest.mark.parametrize("has_text", [True, False])
 @pytest.mark.parametrize("ending", ["csv", "srt", "vtt", "eaf", "TextGrid"])
 def test_an_output_beside_the_recording_is_not_taken_for_a_transcript(
@@ -227,7 +236,7 @@ def test_long_conversations_are_predicted_in_overlapping_sections(
     ]
 
     def predict(segments):
-        rules = UtteranceRules(max_gap=0.0)
+        rules = UtteranceRules(join_gap=0.0)
         rows = recognizer.predict_recording(recording, transcript=segments, rules=rules)
         assert [row["text"] for row in rows] == [it.text for it in segments]
         return rows

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
+from mister_jax.data.transcripts.parsing import Notes
 from mister_jax.data.transcripts.segments import Segment, Word
 from mister_jax.errors import InputError
 
@@ -23,14 +24,20 @@ _ABBREVIATIONS = (
 # Abbreviations after which a sentence ends, unless a word in lower case follows.
 _MAY_END_SENTENCE = ("etc", "inc", "ltd", "co", "corp", "jr", "sr", "usw", "approx")
 
+# Longest overlap in seconds of consecutive segments of one speaker. Times that are rounded to
+# hundredths of a second or to video frames overlap by up to 0.04 s. Speech overlaps by a syllable
+# or more, which lasts at least 0.1 s.
+_OVERLAP_TOLERANCE = 0.05
+
 
 @dataclasses.dataclass(frozen=True)
 class UtteranceRules:
     """Rules of `make_utterances`.
 
     Attributes:
-      max_gap: Longest silence in seconds between two segments of a sentence.
-      max_seconds: Length in seconds of the longest utterance that joining may create. Longer
+      join_gap: Length in seconds of a silence that separates segments. Shorter silences do not
+        separate the segments of a sentence. If 0, no segments are joined.
+      utterance_seconds: Length in seconds of the longest utterance that joining may create. Longer
         segments are split where possible.
       min_seconds: Length in seconds of the shortest utterance that splitting may create.
       sentence_ends: Characters that end a sentence.
@@ -39,55 +46,77 @@ class UtteranceRules:
         "J." and "U.S.", need not be listed.
     """
 
-    max_gap: float = 0.8
-    max_seconds: float = 20.0
+    join_gap: float = 0.8
+    utterance_seconds: float = 20.0
     min_seconds: float = 0.3
     sentence_ends: str = ".!?…。！？؟।۔"  # noqa: RUF001
     closing: str = "\"'”’»›)]}」』"  # noqa: RUF001
     abbreviations: tuple[str, ...] = _ABBREVIATIONS
 
     def __post_init__(self) -> None:
-        for name in ("max_gap", "max_seconds", "min_seconds"):
+        for name in ("join_gap", "utterance_seconds", "min_seconds"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise InputError(f"{name}={value}; allowed: 0 or more seconds")
-        if self.min_seconds >= self.max_seconds:
+                raise InputError(f"{name}={value}; allowed: finite, 0 or more seconds")
+        if self.min_seconds >= self.utterance_seconds:
             raise InputError(
-                f"min_seconds={self.min_seconds} is not below max_seconds={self.max_seconds}"
+                f"min_seconds={self.min_seconds} is not below "
+                f"utterance_seconds={self.utterance_seconds}"
             )
 
 
 def make_utterances(
-    segments: Sequence[Segment], rules: UtteranceRules | None = None
+    segments: Sequence[Segment],
+    rules: UtteranceRules | None = None,
+    notes: Notes | None = None,
 ) -> tuple[Segment, ...]:
     """Splits segments at the ends of sentences, then joins the segments of each sentence.
 
     A segment with word times is split at the end of each sentence. Parts that are still longer than
-    `max_seconds` are split at their longest pauses. A segment without word times is split only if
-    it is longer than `max_seconds`. Such a segment is split at the ends of sentences into as few
-    parts as possible, and the time of each split is estimated from the number of characters before
-    the split.
+    `utterance_seconds` are split at their longest pauses. A segment without word times is split
+    only if it is longer than `utterance_seconds`. Such a segment is split at the ends of sentences
+    into as few parts as possible, and the time of each split is estimated from the number of
+    characters before the split.
 
     A segment that does not end a sentence is joined with the next segment of the same speaker and
-    channel if the two segments have equal labels, the gap between them is at most `max_gap`, and
-    the joined segment lasts at most `max_seconds`. Other speakers' segments may come between the
-    two. Segments without text are neither split nor joined.
+    channel if the two segments have equal labels, the gap between them is shorter than `join_gap`,
+    and the joined segment lasts at most `utterance_seconds`. Other speakers' segments may come
+    between the two. Segments of unknown speakers that overlap are not joined, because two people
+    speak. Segments without text are neither split nor joined.
+
+    Args:
+      segments: Segments.
+      rules: Rules for joining and splitting.
+      notes: Receives a note with the number of joined segments, if any.
 
     Returns:
       The utterances, sorted by start time. Utterances of different speakers may overlap.
     """
     rules = rules or UtteranceRules()
     utterances: list[Segment] = []
+    sources: list[set[int]] = []
     last: dict[tuple, int] = {}
-    for segment in sorted(segments, key=lambda segment: segment.start):
+    for number, segment in enumerate(sorted(segments, key=lambda segment: segment.start)):
         for part in _split(segment, rules):
             voice = (part.speaker, part.channel)
             previous = last.get(voice)
             if previous is not None and _belongs(utterances[previous], part, rules):
                 utterances[previous] = _join(utterances[previous], part)
-            else:
+                sources[previous].add(number)
+                continue
+            # If an unknown speaker interrupts another, the next segment continues the longer one.
+            is_within = previous is not None and part.end < utterances[previous].end
+            if part.speaker is not None or not is_within:
                 last[voice] = len(utterances)
-                utterances.append(part)
+            utterances.append(part)
+            sources.append({number})
+    joined = [numbers for numbers in sources if len(numbers) > 1]
+    if joined and notes is not None:
+        count, plural = len(set().union(*joined)), "s" * (len(joined) > 1)
+        notes.add(
+            f"{count} segments are joined into {len(joined)} utterance{plural}; "
+            "--join_gap=0 joins none"
+        )
     return tuple(sorted(utterances, key=lambda utterance: utterance.start))
 
 
@@ -114,11 +143,14 @@ def ends_sentence(text: str, following: str, rules: UtteranceRules) -> bool:
 
 
 def _belongs(first: Segment, second: Segment, rules: UtteranceRules) -> bool:
+    gap = second.start - first.end
+    are_simultaneous = first.speaker is None and gap < -_OVERLAP_TOLERANCE
     return (
         bool(first.text and second.text)
         and first.label == second.label
-        and second.start - first.end <= rules.max_gap
-        and max(first.end, second.end) - first.start <= rules.max_seconds
+        and not are_simultaneous
+        and max(gap, 0.0) < rules.join_gap
+        and max(first.end, second.end) - first.start <= rules.utterance_seconds
         and not ends_sentence(first.text, second.text, rules)
     )
 
@@ -160,14 +192,14 @@ def _split(segment: Segment, rules: UtteranceRules) -> list[Segment]:
         parts = _apply(segment, cuts, rules)
         return [piece for part in parts for piece in _split_at_pauses(part, rules)]
     duration = segment.end - segment.start
-    if duration <= rules.max_seconds:
+    if duration <= rules.utterance_seconds:
         return [segment]
     times = [segment.start + duration * offset / len(segment.text) for offset in offsets]
     cuts, part_start = [], segment.start
     for offset, time, after in zip(offsets, times, [*times[1:], segment.end], strict=False):
         # Without a split here, the current part would also contain the next sentence, and would be
         # too long.
-        if after - part_start > rules.max_seconds:
+        if after - part_start > rules.utterance_seconds:
             cuts.append(_Cut(offset, time, time))
             part_start = time
     return _apply(segment, cuts, rules)
@@ -241,8 +273,8 @@ def _apply(segment: Segment, cuts: Sequence[_Cut], rules: UtteranceRules) -> lis
 
 
 def _split_at_pauses(segment: Segment, rules: UtteranceRules) -> list[Segment]:
-    """Recursively splits a segment at its longest pause while a part exceeds `max_seconds`."""
-    if segment.end - segment.start <= rules.max_seconds:
+    """Recursively splits a segment longer than `utterance_seconds` at its longest pause."""
+    if segment.end - segment.start <= rules.utterance_seconds:
         return [segment]
     middle = (segment.start + segment.end) / 2
     offsets = _word_offsets(segment.text, segment.words)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mister_jax.data.transcripts.parsing import Notes
 from mister_jax.data.transcripts.segments import Segment, Word
 from mister_jax.data.transcripts.utterances import UtteranceRules, ends_sentence, make_utterances
 from mister_jax.errors import InputError
@@ -45,8 +46,8 @@ def test_cues_of_a_sentence_are_joined():
 def test_pauses_lengths_labels_channels_and_speakers_separate():
     first, second = segment(0, 1, "a"), segment(1.5, 2, "b")
     assert texts(first, second) == ["a b"]
-    assert texts(first, second, max_gap=0.4) == ["a", "b"]
-    assert texts(first, second, max_seconds=1.9) == ["a", "b"]
+    assert texts(first, second, join_gap=0.4) == ["a", "b"]
+    assert texts(first, second, utterance_seconds=1.9) == ["a", "b"]
     for change in ({"label": "joy"}, {"channel": 1}, {"speaker": "x"}, {"text": ""}):
         changed = dataclasses.replace(second, **change)
         assert len(make_utterances([first, changed])) == 2
@@ -67,8 +68,40 @@ def test_a_speaker_may_go_on_after_another():
 
 
 def test_overlapping_segments_of_a_speaker_keep_the_later_end():
-    utterances = make_utterances([segment(0, 5, "a long"), segment(1, 3, "sentence.")])
+    utterances = make_utterances([segment(0, 5, "a long", "x"), segment(1, 3, "sentence.", "x")])
     assert summary(utterances) == [(0, 5, "a long sentence.")]
+
+
+def test_overlapping_segments_of_unknown_speakers_are_separate():
+    rows = [(0.5, 4, "Hello I was"), (1, 2, "no way"), (2, 6, "going home")]
+    assert summary(make_utterances([segment(*row) for row in rows])) == rows
+    rows = [(0.5, 4, "Hello I was"), (3.5, 3.9, "no way"), (4, 6, "going home")]
+    assert summary(make_utterances([segment(*row) for row in rows])) == [
+        (0.5, 6, "Hello I was going home"), (3.5, 3.9, "no way")
+    ]  # fmt: skip
+    # Times in hundredths of a second, or of video frames, are rounded.
+    assert texts(segment(0, 1.04, "a"), segment(1, 2, "b")) == ["a b"]
+    assert texts(segment(0, 1.06, "a"), segment(1, 2, "b")) == ["a", "b"]
+
+
+def test_no_segments_are_joined_if_the_gap_is_zero():
+    parts = [segment(start, start + 1.5, "a", "x") for start in (0, 1.5, 2.5, 5)]
+    assert len(make_utterances(parts, UtteranceRules(join_gap=0))) == 4
+    assert texts(*parts, join_gap=0.01) == ["a a a", "a"]
+    assert texts(*parts, join_gap=1) == ["a a a", "a"]
+    assert texts(*parts, join_gap=1.01) == ["a a a a"]
+
+
+def test_joined_segments_are_counted():
+    notes = Notes()
+    make_utterances([segment(0, 1, "a."), segment(1, 2, "b.")], notes=notes)
+    assert notes.messages() == ()
+    parts = ["a", "b", "c.", "d", "e.", "f."]
+    make_utterances([segment(n, n + 1, text) for n, text in enumerate(parts)], notes=notes)
+    assert notes.messages() == ("5 segments are joined into 2 utterances; --join_gap=0 joins none",)
+    notes = Notes()
+    make_utterances([timed("Yes. I am"), timed("here. Good.", 3.0)], notes=notes)
+    assert "2 segments are joined into 1 utterance;" in notes.messages()[0]
 
 
 @pytest.mark.parametrize(
@@ -160,12 +193,12 @@ def test_long_sentences_are_split_at_their_longest_pauses():
 
 
 def test_rules_are_checked():
-    for name in ("max_gap", "max_seconds", "min_seconds"):
+    for name in ("join_gap", "utterance_seconds", "min_seconds"):
         for value in (-1, float("nan"), float("inf")):
-            with pytest.raises(InputError, match=f"{name}=.*; allowed: 0 or more seconds"):
+            with pytest.raises(InputError, match=f"{name}=.*; allowed: finite, 0 or more seconds"):
                 UtteranceRules(**{name: value})
-    with pytest.raises(InputError, match=r"min_seconds=3 is not below max_seconds=2"):
-        UtteranceRules(min_seconds=3, max_seconds=2)
+    with pytest.raises(InputError, match=r"min_seconds=3 is not below utterance_seconds=2"):
+        UtteranceRules(min_seconds=3, utterance_seconds=2)
 
 
 WORDS = st.sampled_from(["a", "Bc", "d.", "...", "Mr.", '"E!"', "本。", "–", "f?"])  # noqa: RUF001
