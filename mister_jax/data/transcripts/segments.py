@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 from mister_jax.data.audio_source import Channel
 
@@ -54,3 +56,24 @@ class Transcript:
     segments: tuple[Segment, ...]
     notes: tuple[str, ...] = ()
     has_text: bool = True
+
+
+def count_letters(text: str) -> int:
+    """Returns the number of letters and digits in a text."""
+    return sum(map(str.isalnum, text))
+
+
+def word_offsets(text: str, words: Sequence[Word]) -> list[int]:
+    """Returns the offset of each word in the text, by counting the letters before the word."""
+    letters = [offset for offset, character in enumerate(text) if character.isalnum()]
+    total = sum(count_letters(word.text) for word in words) or 1
+    counts = itertools.accumulate((count_letters(word.text) for word in words), initial=0)
+    offsets = []
+    for count, _ in zip(counts, words, strict=False):
+        position = round(count * len(letters) / total)
+        offset = letters[position] if position < len(letters) else len(text)
+        # Opening quotation marks and brackets belong to the word that follows them.
+        while offset and not text[offset - 1].isspace() and not text[offset - 1].isalnum():
+            offset -= 1
+        offsets.append(offset)
+    return offsets

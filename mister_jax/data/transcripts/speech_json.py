@@ -6,11 +6,13 @@ import bisect
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mister_jax.data.timing import is_too_fast
 from mister_jax.data.transcripts.annotations import clean_chat
 from mister_jax.data.transcripts.parsing import (
     DetectedFormat,
@@ -20,7 +22,13 @@ from mister_jax.data.transcripts.parsing import (
     one_line,
     parse_seconds,
 )
-from mister_jax.data.transcripts.segments import Segment, Transcript, Word
+from mister_jax.data.transcripts.segments import (
+    Segment,
+    Transcript,
+    Word,
+    count_letters,
+    word_offsets,
+)
 from mister_jax.errors import InputError
 
 MAX_PAUSE = 1.0
@@ -239,20 +247,70 @@ def _word(record: Record, keys: _Keys) -> Word:
 
 
 def _segments(records: Iterable[Record], keys: _Keys, notes: Notes) -> Iterator[Segment]:
-    """Yields a segment for each record with times."""
+    """Yields a segment for each record with times, or one for each turn if its words have speakers.
+
+    In the JSON of WhisperX, for example, each word has a speaker.
+    """
+    word_keys = keys.word or keys
     for record in records:
         start, end = _times(record, keys)
-        words = tuple(
-            word
+        items = [
+            (word, _name(item, word_keys.speaker))
             for item in record.get(keys.words) or ()
-            if (word := _word(item, keys.word or keys)).text
-        )
+            if (word := _word(item, word_keys)).text
+        ]
+        words = tuple(word for word, _ in items)
         text = _text(record, keys) or " ".join(word.text for word in words)
         if start is None or end is None:
             notes.leave_out("without times")
             continue
-        speaker = _name(record, keys.speaker)
-        yield Segment(start, end, text, speaker, _name(record, keys.channel), words)
+        speaker, channel = _name(record, keys.speaker), _name(record, keys.channel)
+        segment = Segment(start, end, text, speaker, channel, words)
+        yield from _split_at_speakers(segment, [speaker for _, speaker in items])
+
+
+def _split_at_speakers(segment: Segment, speakers: Sequence[str | None]) -> list[Segment]:
+    """Splits a segment where the speaker of its words changes.
+
+    A word without a speaker or without letters has the speaker of the word before it. The first
+    word then has the speaker of the segment.
+
+    Args:
+      segment: Segment with words.
+      speakers: Speaker of each word.
+    """
+    words = segment.words
+    known = [
+        speaker if count_letters(word.text) else None
+        for word, speaker in zip(words, speakers, strict=True)
+    ]
+    if not any(known):
+        return [segment]
+    speaker = segment.speaker or next(filter(None, known))
+    filled = [speaker := name or speaker for name in known]
+    firsts = [i for i in range(1, len(words)) if filled[i] != filled[i - 1]]
+    offsets = word_offsets(segment.text, words)
+    duration = segment.end - segment.start
+    cuts = [(0, 0, segment.start, segment.start)]
+    for first in firsts:
+        times = [time for time in (words[first - 1].end, words[first].start) if time is not None]
+        # Without times, the time of the split is estimated from the number of characters.
+        times = times or [segment.start + duration * offsets[first] / len(segment.text)]
+        cuts.append((first, offsets[first], min(times), times[-1]))
+    cuts.append((len(words), len(segment.text), segment.end, segment.end))
+    parts = [
+        dataclasses.replace(
+            segment,
+            start=start,
+            end=end,
+            text=segment.text[offset:end_offset].strip(),
+            speaker=filled[first],
+            words=words[first:stop],
+        )
+        for (first, offset, _, start), (stop, end_offset, end, _) in itertools.pairwise(cuts)
+    ]
+    # Damaged times, or words that differ from the text, must not remove a part of the text.
+    return parts if all(it.text and it.end > it.start for it in parts) else [segment]
 
 
 def _turns(
@@ -338,6 +396,10 @@ def _with_words(segments: Sequence[Segment], words: Sequence[Word]) -> list[Segm
 
 def _read_words(data: Record, notes: Notes) -> Iterator[Segment]:
     return _turns(data["words"], _WORD, notes)
+
+
+def _read_utterances(data: Record, notes: Notes) -> Iterator[Segment]:
+    return _segments(data["utterances"], _WHISPER, notes)
 
 
 def _read_whisper_cpp(data: Record, notes: Notes) -> Iterator[Segment]:
@@ -453,9 +515,26 @@ def _read_deepgram(data: Record, notes: Notes) -> Iterator[Segment]:
 
 
 def _read_assemblyai(data: Record, notes: Notes) -> Iterator[Segment]:
-    if utterances := _records(data, "utterances"):
-        return _segments(utterances, _ASSEMBLYAI, notes)
-    return _turns(data.get("words") or (), _ASSEMBLYAI, notes)
+    keys = _ASSEMBLYAI
+    utterances, words = _records(data, "utterances"), data.get("words") or ()
+    if not _is_named_assemblyai(data) and _are_seconds(utterances or words):
+        notes.add("times are seconds, because speech cannot be so fast in milliseconds")
+        keys = dataclasses.replace(keys, scale=1.0)
+    if utterances:
+        return _segments(utterances, keys, notes)
+    return _turns(words, keys, notes)
+
+
+def _are_seconds(records: Iterable[Record]) -> bool:
+    """Returns whether the text of records is much too fast for times in milliseconds."""
+    texts, duration = [], 0.0
+    for record in records:
+        start, end = _times(record, _ASSEMBLYAI)
+        if start is not None and end is not None:
+            texts.append(_text(record, _ASSEMBLYAI))
+            duration += max(end - start, 0.0)
+    # Speech with times in seconds seems 1000 times as fast. Times in milliseconds may be imprecise.
+    return is_too_fast("".join(texts), 10 * duration)
 
 
 def _read_batchalign(data: Record, notes: Notes) -> Iterator[Segment]:
@@ -480,13 +559,21 @@ def _batchalign_word(item: Record) -> Word:
     return Word(clean_chat(item.get("text") or ""), start, end)
 
 
+def _is_named_assemblyai(data: Record) -> bool:
+    return "audio_url" in data or "acoustic_model" in data
+
+
 def _is_assemblyai(data: Record) -> bool:
-    if "audio_url" in data or "acoustic_model" in data:
+    if _is_named_assemblyai(data):
         return True
     records = _records(data, "utterances") or _records(data, "words")
     return bool(records) and all(
         isinstance(record.get("start"), int) and "text" in record for record in records
     )
+
+
+def _has_timed_utterances(data: Record) -> bool:
+    return any("start" in record and "text" in record for record in _records(data, "utterances"))
 
 
 def _has_items(*path: str) -> Callable[[Record], bool]:
@@ -511,6 +598,8 @@ _FORMATS: tuple[
     ("Azure fast transcription JSON", _has_items("phrases"), _read_azure_fast),
     ("Deepgram JSON", _has_items("results", "channels"), _read_deepgram),
     ("AssemblyAI JSON", _is_assemblyai, _read_assemblyai),
+    # Times that are not whole numbers are seconds.
+    ("JSON with utterances", _has_timed_utterances, _read_utterances),
     ("JSON with words", _has_items("words"), _read_words),
     ("batchalign JSON", _has_items("content"), _read_batchalign),
     # Whisper's output for a recording without speech.

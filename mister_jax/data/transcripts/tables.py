@@ -10,7 +10,6 @@ import pathlib
 import re
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from mister_jax.data.transcripts.parsing import (
     DetectedFormat,
@@ -156,7 +155,8 @@ def _read_ctm(rows: list[list[str]], selection: Selection, notes: Notes) -> Tran
     return Transcript("CTM", tuple(segments))
 
 
-class _Column(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Column:
     """Index of a column, and the factor that converts the column's times to seconds."""
 
     index: int

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from mister_jax.data.transcripts.parsing import Notes
-from mister_jax.data.transcripts.segments import Segment, Word
+from mister_jax.data.transcripts.segments import Segment, count_letters, word_offsets
 from mister_jax.errors import InputError
 
 _ABBREVIATIONS = (
@@ -225,7 +225,7 @@ def _cuts_between_words(segment: Segment, offsets: Sequence[int]) -> list[_Cut]:
     may differ from those in the words.
     """
     letters = [0, *itertools.accumulate(map(str.isalnum, segment.text))]
-    word_letters = list(itertools.accumulate(_count_letters(word.text) for word in segment.words))
+    word_letters = list(itertools.accumulate(count_letters(word.text) for word in segment.words))
     if not letters[-1] or not word_letters[-1]:
         return []
     cuts = []
@@ -246,10 +246,6 @@ def _cut_at_word(segment: Segment, index: int, offset: int) -> _Cut | None:
     if start is None or end is None:
         return None
     return _Cut(offset, min(end, start), start, index)
-
-
-def _count_letters(text: str) -> int:
-    return sum(map(str.isalnum, text))
 
 
 def _apply(segment: Segment, cuts: Sequence[_Cut], rules: UtteranceRules) -> list[Segment]:
@@ -277,7 +273,7 @@ def _split_at_pauses(segment: Segment, rules: UtteranceRules) -> list[Segment]:
     if segment.end - segment.start <= rules.utterance_seconds:
         return [segment]
     middle = (segment.start + segment.end) / 2
-    offsets = _word_offsets(segment.text, segment.words)
+    offsets = word_offsets(segment.text, segment.words)
     cuts = [
         cut for index, offset in enumerate(offsets) if (cut := _cut_at_word(segment, index, offset))
     ]
@@ -288,19 +284,3 @@ def _split_at_pauses(segment: Segment, rules: UtteranceRules) -> list[Segment]:
         if len(parts) > 1 and all(part.text for part in parts):
             return [piece for part in parts for piece in _split_at_pauses(part, rules)]
     return [segment]
-
-
-def _word_offsets(text: str, words: Sequence[Word]) -> list[int]:
-    """Returns the offset of each word in the text, by counting the letters before the word."""
-    letters = [offset for offset, character in enumerate(text) if character.isalnum()]
-    total = sum(_count_letters(word.text) for word in words) or 1
-    counts = itertools.accumulate((_count_letters(word.text) for word in words), initial=0)
-    offsets = []
-    for count, _ in zip(counts, words, strict=False):
-        position = round(count * len(letters) / total)
-        offset = letters[position] if position < len(letters) else len(text)
-        # Opening quotation marks and brackets belong to the word that follows them.
-        while offset and not text[offset - 1].isspace() and not text[offset - 1].isalnum():
-            offset -= 1
-        offsets.append(offset)
-    return offsets

@@ -461,6 +461,63 @@ def test_segments_without_times_are_left_out(read, times):
     assert transcript.notes == ("left out 3 segments: without times",)
 
 
+def spoken(word, start=None, end=None, speaker=None):
+    times = {} if start is None else {"start": start, "end": end}
+    return {"word": word, **times, **({"speaker": speaker} if speaker else {})}
+
+
+def test_segments_are_split_where_the_speaker_of_the_words_changes(read):
+    words = [
+        *(spoken("3"), spoken("So,", 0.5, 1, "A"), spoken("(no", 1.1, 1.4, "B"), spoken("20")),
+        *(spoken("-", 1.5, 1.6, "A"), spoken("way!)", 1.7, 2, "B"), spoken("Yes.", 2.1, 2.4, "A")),
+    ]
+    segments = [
+        {"start": 0.2, "end": 2.5, "text": " 3 So, (no 20 - way!) Yes.", "speaker": "A"},
+        {"start": 3, "end": 4, "text": "Well.", "speaker": "A"},
+    ]
+    segments[0]["words"] = words
+    segments[1]["words"] = [spoken("Well.", 3, 4, "A")]
+    transcript = read("a.json", json.dumps({"segments": segments, "word_segments": words}))
+    assert [(it.start, it.end, it.text, it.speaker) for it in transcript.segments] == [
+        (0.2, 1, "3 So,", "A"),
+        (1.1, 2, "(no 20 - way!)", "B"),
+        (2.1, 2.5, "Yes.", "A"),
+        (3, 4, "Well.", "A"),
+    ]
+    assert [len(it.words) for it in transcript.segments] == [2, 4, 1, 1]
+
+
+def test_speakers_of_words_do_not_remove_text(read):
+    words = [spoken("Hi", speaker="A"), spoken("you", speaker="B"), spoken("there", 2, 2, "A")]
+    segment = {"start": 0, "end": 3, "text": "Hi you there", "speaker": "A", "words": words}
+    segments = read("a.json", json.dumps([segment])).segments
+    assert [(it.start, it.end, it.text, it.speaker) for it in segments] == [
+        (0, 0.75, "Hi", "A"), (0.75, 2, "you", "B"), (2, 3, "there", "A")
+    ]  # fmt: skip
+    words[1] |= {"start": 2, "end": 2}
+    segments = read("a.json", json.dumps([segment])).segments
+    assert [(it.text, it.speaker) for it in segments] == [("Hi you there", "A")]
+
+
+@pytest.mark.parametrize("key", ["utterances", "words"])
+def test_whole_seconds_are_not_milliseconds(read, times, key):
+    records = [{"start": 1, "end": 2, "text": "Hi."}, {"start": 5, "end": 15, "text": "So long."}]
+    transcript = read("a.json", json.dumps({key: records}))
+    assert times(transcript) == [(1, 2, "Hi."), (5, 15, "So long.")]
+    assert transcript.notes == (
+        "times are seconds, because speech cannot be so fast in milliseconds",
+    )
+    fractional = [records[0], {"start": 5.5, "end": 15, "text": "So long."}]
+    transcript = read("a.json", json.dumps({key: fractional}))
+    assert times(transcript)[1] == (5.5, 15, "So long.") and not transcript.notes
+    # A complete file of AssemblyAI names the recording.
+    content = {"audio_url": "https://example.org/a.wav", key: records}
+    assert read("a.json", json.dumps(content)).segments[0].end < 0.02
+    fast = [{"start": 0, "end": 300, "text": "A sentence of 30 letters fast."}]
+    transcript = read("a.json", json.dumps({key: fast}))
+    assert times(transcript)[0][:2] == (0, 0.3) and not transcript.notes
+
+
 def test_words_without_length_keep_their_start(read):
     words = [{"word": "a", "start": 1, "end": 1}, {"word": "b", "start": 2, "end": 2}]
     segments = [{"start": 1, "end": 3, "text": "a b", "words": words}]
