@@ -329,8 +329,17 @@ def _decode(data: bytes, notes: Notes) -> str:
         if encoding != "utf-8" or b"\0" in data:
             seen = "binary data" if encoding == "utf-8" else f"damaged {encoding.upper()}"
             raise InputError(f"no supported transcript, but {seen}; supported: {FORMATS}") from None
-        notes.add("read as Windows-1252 because it is not UTF-8")
-        text = data.decode("cp1252", errors="replace")
+        try:
+            text = data.decode("cp1252")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"byte {data[error.start]:#x} at position {error.start} is neither UTF-8 nor "
+                "Windows-1252; convert the file to UTF-8"
+            ) from None
+        notes.add(
+            "read as Windows-1252 because it is not UTF-8; convert a file in another encoding to "
+            "UTF-8"
+        )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

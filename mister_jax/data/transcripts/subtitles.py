@@ -13,7 +13,8 @@ import functools
 import html
 import itertools
 import re
-from collections.abc import Iterator
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mister_jax.data.transcripts.parsing import (
@@ -38,6 +39,9 @@ _NEW_SPEAKER = re.compile(r"^(?:[-–—](?:\s+|(?=[^\W\d_]))|>{2,}\s*)")  # noq
 # Prefixes that name the speaker: "[SPEAKER_00]: " as in WhisperX, and "Ann: "; see `_has_names`.
 _BRACKETED_NAME = re.compile(r"\[([^\[\]]+)\]:\s*")
 _NAME = re.compile(r"([^\W\d_](?:[^\s:：,;!?\[\]]|[ ](?![ ])){0,30})(?::(?:\s+|$)|：\s*)")  # noqa: RUF001
+
+_TTML_PARAGRAPH = "{http://www.w3.org/ns/ttml}p"
+_TTML_TIMES = "begin, and end or dur, as hh:mm:ss.fff, or as a number and h, m, s or ms"
 
 
 def detect_subtitles(text: str) -> DetectedFormat | None:
@@ -114,10 +118,21 @@ def _voices(cue: _Cue, text: str) -> Iterator[Segment]:
     """Yields a segment for each voice of a WebVTT cue."""
     before, *voices = _VOICE.split(text)
     parts = [(None, before), *zip(voices[::2], voices[1::2], strict=True)]
-    for speaker, part in parts:
-        if part.strip() or len(parts) == 1:
-            name = one_line(html.unescape(speaker)) if speaker else None
-            yield Segment(cue.start, cue.end, part, name, words=_timed_words(cue, part))
+    parts = [(speaker, part) for speaker, part in parts if _plain(part)] or parts[:1]
+    intervals = _divide(cue.start, cue.end, [len(_plain(part)) for _, part in parts])
+    for (speaker, part), (start, end) in zip(parts, intervals, strict=True):
+        name = one_line(html.unescape(speaker)) if speaker else None
+        # The estimated times of several voices may not agree with the timestamps of the words.
+        words = _timed_words(cue, part) if len(parts) == 1 else ()
+        yield Segment(start, end, part, name, words=words)
+
+
+def _divide(start: float, end: float, lengths: Sequence[int]) -> list[tuple[float, float]]:
+    """Divides the time of a cue among its turns, in proportion to their numbers of characters."""
+    total = sum(lengths) or 1
+    inner = (start + (end - start) * length / total for length in itertools.accumulate(lengths))
+    times = [start, *itertools.islice(inner, len(lengths) - 1), end]
+    return list(itertools.pairwise(times))
 
 
 def _timed_words(cue: _Cue, text: str) -> tuple[Word, ...]:
@@ -165,42 +180,68 @@ def _read_ass(text: str, name: str, selection: Selection, notes: Notes) -> Trans
 def _read_with_pysubs2(text: str, name: str, selection: Selection, notes: Notes) -> Transcript:
     pysubs2 = _import_pysubs2(name)
     try:
+        if name == "TTML":
+            text = _with_ends(text)
         events = pysubs2.SSAFile.from_string(text, format_=name.lower()).get_text_events()
+    except InputError:
+        raise
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")
-        raise InputError(f"pysubs2 cannot read this {name} ({reason})") from None
+        needed = f"; needed: {_TTML_TIMES}" if isinstance(error, NotImplementedError) else ""
+        raise InputError(f"pysubs2 cannot read this {name} ({reason}){needed}") from None
     segments = [Segment(event.start / 1000, event.end / 1000, event.plaintext) for event in events]
     return Transcript(name, _cleaned(segments, notes))
+
+
+def _with_ends(text: str) -> str:
+    """Returns a TTML file in which each paragraph has an attribute that pysubs2 reads its end from.
+
+    pysubs2 reads "duration" instead of "dur", the name in the TTML standard.
+
+    Raises:
+      InputError: A paragraph has neither an end nor a duration.
+    """
+    root = ET.fromstring(text)
+    for paragraph in root.iterfind(f".//{_TTML_PARAGRAPH}"):
+        if "end" in paragraph.attrib or "duration" in paragraph.attrib:
+            continue
+        if "dur" not in paragraph.attrib:
+            content = one_line("".join(paragraph.itertext()))[:40]
+            raise InputError(
+                f"the paragraph {content!r} of this TTML has no end; needed: {_TTML_TIMES}"
+            )
+        paragraph.set("duration", paragraph.attrib["dur"])
+    return ET.tostring(root, encoding="unicode")
 
 
 def _cleaned(segments: list[Segment], notes: Notes) -> tuple[Segment, ...]:
     """Removes markup, and drops segments that contain only markup or music symbols.
 
     A segment that has neither a speaker nor word times is split into the turns that its lines mark.
-    The turns get the speakers that the text names.
+    The turns get the speakers that the text names. If names differ only in their capital letters,
+    the first spelling is used.
     """
     lines = [_plain_lines(segment.text) for segment in segments]
     has_names = _has_names(lines)
     cleaned: list[Segment] = []
     last_name: str | None = None
+    spellings: dict[str, str] = {}
     for segment, segment_lines in zip(segments, lines, strict=True):
         if segment.speaker or segment.words:
             text = one_line(" ".join(_NEW_SPEAKER.sub("", line) for line in segment_lines))
             cleaned.append(dataclasses.replace(segment, text=text))
             last_name = segment.speaker
             continue
-        turns = list(_turns(segment_lines, has_names, last_name))
+        turns = [
+            (name and spellings.setdefault(name.casefold(), name), text)
+            for name, text in _turns(segment_lines, has_names, last_name)
+        ]
         last_name = turns[-1][0]
-        total = sum(len(text) for _, text in turns)
-        duration, position, start = segment.end - segment.start, 0, segment.start
-        for name, text in turns:
-            # The times of the turns are estimated from their numbers of characters.
-            position += len(text)
-            end = segment.end if position == total else segment.start + duration * position / total
+        intervals = _divide(segment.start, segment.end, [len(text) for _, text in turns])
+        for (name, text), (start, end) in zip(turns, intervals, strict=True):
             cleaned.append(
                 dataclasses.replace(segment, start=start, end=end, text=text, speaker=name)
             )
-            start = end
     notes.leave_out("without text", sum(not segment.text for segment in cleaned))
     return tuple(segment for segment in cleaned if segment.text)
 

@@ -45,7 +45,20 @@ def test_newlines_and_encodings_change_nothing(read, encoding, newline):
 def test_text_that_is_not_utf8_is_windows_1252(read):
     transcript = read("a.srt", SRT.replace("Later.", "“Café” 5 €"), "cp1252")
     assert transcript.segments[1].text == "“Café” 5 €"
-    assert transcript.notes == ("read as Windows-1252 because it is not UTF-8",)
+    assert transcript.notes == (
+        "read as Windows-1252 because it is not UTF-8; convert a file in another encoding to UTF-8",
+    )
+
+
+def test_text_in_another_encoding_is_an_error(read):
+    content = SRT.replace("Later.", "そう。").encode("shift-jis")
+    position = content.index("。".encode("shift-jis"))
+    with pytest.raises(
+        InputError,
+        match=rf"^\S+a\.srt: byte 0x81 at position {position} is neither UTF-8 nor Windows-1252; "
+        "convert the file to UTF-8$",
+    ):
+        read("a.srt", content)
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n\n"])
@@ -119,7 +132,7 @@ def as_srt(*texts):
                 ("DR. LEE (on phone)", "Look,"),
                 ("DR. LEE (on phone)", "it is 5:30."),
                 (None, "Who?"),
-                ("Ann", "Me."),
+                ("ANN", "Me."),
             ],
             id="names",
         ),
@@ -211,10 +224,28 @@ def test_webvtt_has_voices_settings_and_comments(read):
     assert transcript.format == "WebVTT" and transcript.notes == ()
     assert [(s.start, s.end, s.text, s.speaker) for s in transcript.segments] == [
         (1, 2.5, "Hi there second line", "Mary & Jo"),
-        (3600, 3601, "One.", "A"),
-        (3600, 3601, "Two.", "B"),
+        (3600, 3600.5, "One.", "A"),
+        (3600.5, 3601, "Two.", "B"),
         (360000, 360001, "Late", None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<v A>No!\n<v B><i>No, no!!!</i>", [(1, 2, "No!", "A"), (2, 5, "No, no!!!", "B")]),
+        ("Ah. <v A>Why<v B>♪", [(1, 3, "Ah.", None), (3, 5, "Why", "A")]),
+        ("<v A>♪<v B>", []),
+        ("<v A>a <00:02.000>b<v B>c", [(1, 4, "a b", "A"), (4, 5, "c", "B")]),
+        ("<v A>a <00:02.000>b", [(1, 5, "a b", "A")]),
+    ],
+)
+def test_the_time_of_a_cue_is_divided_among_its_voices(read, text, expected):
+    content = f"WEBVTT\n\n00:01.000 --> 00:05.000\n{text}\n\n00:09.000 --> 00:10.000\nLast"
+    *segments, last = read("a.vtt", content).segments
+    assert [(it.start, it.end, it.text, it.speaker) for it in segments] == expected
+    assert last.text == "Last"
+    assert sum(len(it.words) for it in segments) == (2 if text.endswith("b") else 0)
 
 
 def test_captions_that_roll_up_are_not_repeated(read, times):
@@ -298,11 +329,31 @@ def test_sami_is_read(read, times):
     assert times(read("a.smi", content)) == [(1, 2, "Hello you")]
 
 
-def test_times_that_pysubs2_cannot_read_are_an_error(read):
-    paragraph = '<body><div><p begin="9t" end="99t">a</p></div></body>'
-    content = f'<tt xmlns="http://www.w3.org/ns/ttml">{paragraph}</tt>'
-    with pytest.raises(InputError, match=r"^\S+a\.ttml: pysubs2 cannot read this TTML \(.*9t\)$"):
-        read("a.ttml", content)
+def as_ttml(*attributes):
+    paragraphs = "".join(f"<p {value}>a <span>b</span></p>" for value in attributes)
+    return f'<tt xmlns="http://www.w3.org/ns/ttml"><body><div>{paragraphs}</div></body></tt>'
+
+
+def test_ttml_has_ends_or_durations(read, times):
+    content = as_ttml(
+        'begin="1s" dur="2s"', 'begin="00:00:03.5" dur="00:00:01"', 'begin="5s" end="5500ms"'
+    )
+    assert times(read("a.ttml", content)) == [(1, 3, "a b"), (3.5, 4.5, "a b"), (5, 5.5, "a b")]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "problem"),
+    [
+        ('begin="9t" end="99t"', r"pysubs2 cannot read this TTML \(.*9t\)"),
+        ('begin="1s" dur="15000000t"', r"pysubs2 cannot read this TTML \(.*15000000t\)"),
+        ('begin="00:00:06:12" end="9s"', r"pysubs2 cannot read this TTML \(.*00:00:06:12\)"),
+        ('begin="1s"', "the paragraph 'a b' of this TTML has no end"),
+    ],
+)
+def test_other_times_of_ttml_are_an_error(read, attributes, problem):
+    needed = "needed: begin, and end or dur, as hh:mm:ss.fff, or as a number and h, m, s or ms"
+    with pytest.raises(InputError, match=rf"^\S+a\.ttml: {problem}; {needed}$"):
+        read("a.ttml", as_ttml(attributes))
 
 
 def test_only_formats_that_need_pysubs2_ask_for_it(read, monkeypatch):
