@@ -43,6 +43,9 @@ _NAME = re.compile(r"([^\W\d_](?:[^\s:：,;!?\[\]]|[ ](?![ ])){0,30})(?::(?:\s+|
 _TTML_PARAGRAPH = "{http://www.w3.org/ns/ttml}p"
 _TTML_TIMES = "begin, and end or dur, as hh:mm:ss.fff, or as a number and h, m, s or ms"
 
+# Minimum number of pairs of consecutive captions from which it can be seen that they roll up.
+_MIN_ROLLING = 4
+
 
 def detect_subtitles(text: str) -> DetectedFormat | None:
     """Returns the subtitle format of a text, or None."""
@@ -243,7 +246,30 @@ def _cleaned(segments: list[Segment], notes: Notes) -> tuple[Segment, ...]:
                 dataclasses.replace(segment, start=start, end=end, text=text, speaker=name)
             )
     notes.leave_out("without text", sum(not segment.text for segment in cleaned))
-    return tuple(segment for segment in cleaned if segment.text)
+    return _without_rolling([segment for segment in cleaned if segment.text], notes)
+
+
+def _without_rolling(segments: list[Segment], notes: Notes) -> tuple[Segment, ...]:
+    """Ends each segment where the next one begins if the segments are captions that roll up.
+
+    Automatic captions, such as those of YouTube, stay on the screen while the next caption is
+    spoken. Such captions have no speakers, most of them overlap, and they end in the order in which
+    they begin.
+    """
+    pairs = list(itertools.pairwise(segments))
+    num_overlaps = sum(first.end > second.start for first, second in pairs)
+    in_order = all(
+        first.start < second.start and first.end <= second.end for first, second in pairs
+    )
+    is_plain = not any(segment.speaker or segment.words for segment in segments)
+    if len(pairs) < _MIN_ROLLING or 2 * num_overlaps <= len(pairs) or not (in_order and is_plain):
+        return tuple(segments)
+    notes.add("captions that roll up end where the next caption begins")
+    ends = [*(segment.start for segment in segments[1:]), segments[-1].end]
+    return tuple(
+        dataclasses.replace(segment, end=min(segment.end, end))
+        for segment, end in zip(segments, ends, strict=True)
+    )
 
 
 def _has_names(lines_by_segment: list[list[str]]) -> bool:

@@ -296,6 +296,21 @@ Dialogue: 0:00:01.00,0:00:02.50,,{\\p1}m 0 0 l 100 100{\\p0}
 Dialogue: 100:00:00.00,100:00:01.00,,Late"""
 
 
+def test_captions_that_stay_on_the_screen_end_where_the_next_begins(read, times):
+    starts = (0, 2, 5, 7, 9, 20)
+    cues = [f"00:00:{start:02} --> 00:00:{start + 4:02}\nwords at {start}\n" for start in starts]
+    transcript = read("a.srt", "\n".join(cues))
+    ends = (2, 5, 7, 9, 13, 24)
+    expected = [(a, b, f"words at {a}") for a, b in zip(starts, ends, strict=True)]
+    assert times(transcript) == expected
+    assert transcript.notes == ("captions that roll up end where the next caption begins",)
+    # Speakers, or a caption inside another, show that people talk at the same time.
+    inside = [*cues[:4], "00:00:07.500 --> 00:00:08\nyes\n", *cues[5:]]
+    named = [cue.replace("words", f"{'AB'[n % 2]}: words") for n, cue in enumerate(cues)]
+    for other in (inside, named, cues[:4]):
+        assert read("a.srt", "\n".join(other)).notes == ()
+
+
 def test_ass_has_names_and_its_own_order_of_fields(read):
     transcript = read("a.ass", ASS.replace("{a comment}", ""))
     assert transcript.format == "ASS"
