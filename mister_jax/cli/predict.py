@@ -563,6 +563,8 @@ def _recognizer_input(utterance: Utterance) -> dict[str, Any]:
         return {"text": utterance.text}
     return {
         "text": utterance.text,
+        "start": utterance.start,
+        "end": utterance.end,
         "audio": recording.source,
         "audio_start": recording.start,
         "audio_end": recording.end,
