@@ -17,6 +17,7 @@ from mister_jax.config_checks import (
     check_rates,
     invalid_field,
 )
+from mister_jax.nn.dtypes import at_least_float32
 from mister_jax.schedules import ScheduleName, learning_rate_schedule
 
 # Parameters without weight decay. Whisper's position table is constant and has no gradient, but
@@ -83,7 +84,7 @@ class AverageState(NamedTuple):
 
     Attributes:
       updates: Number of updates so far, [] int32.
-      average: Moving average, a tree like the parameters.
+      average: Moving average, a tree like the parameters, at least float32.
     """
 
     updates: jax.Array
@@ -94,7 +95,8 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
     """Returns a transformation that keeps an exponential moving average of the parameters.
 
     This transformation must be the last one in a chain. After n updates, the decay rate is at most
-    (1 + n) / (10 + n), so that the average quickly forgets the initial parameters.
+    (1 + n) / (10 + n), so that the average quickly forgets the initial parameters. The average is
+    at least float32, because a bfloat16 average would round small steps to zero.
 
     Args:
       decay: Decay rate of the average, 0 < decay < 1.
@@ -102,7 +104,10 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
 
     def init(params):
         # Copy the parameters, because a step may donate both the parameters and their average.
-        return AverageState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.copy, params))
+        average = jax.tree.map(
+            lambda param: jnp.copy(param).astype(at_least_float32(param.dtype)), params
+        )
+        return AverageState(jnp.zeros([], jnp.int32), average)
 
     def update(updates, state, params=None):
         if params is None:
@@ -117,9 +122,14 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
 
 
 def params_for_evaluation(params: Any, opt_state: Any) -> Any:
-    """Returns the moving average of the parameters if `opt_state` has one, else `params`."""
+    """Returns the moving average of the parameters if `opt_state` has one, else `params`.
+
+    The average has the dtypes of `params`.
+    """
     average = optax.tree.get(opt_state, "average", None)
-    return params if average is None else average
+    if average is None:
+        return params
+    return jax.tree.map(lambda param, value: value.astype(param.dtype), params, average)
 
 
 def _weight_decay_mask(params: Any) -> Any:

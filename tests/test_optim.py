@@ -171,3 +171,20 @@ def test_vectors_with_leading_axes_give_parameters_with_leading_axes():
 def test_parameters_of_several_types_have_no_vectors():
     with pytest.raises(ValueError, match="the same dtype"):
         optim.ParamVectors({"a": jnp.zeros(2), "b": jnp.zeros(2, jnp.bfloat16)})
+
+
+def test_the_average_of_bfloat16_parameters_is_float32_and_used_as_bfloat16():
+    params = {"kernel": jnp.ones((2, 3), jnp.bfloat16)}
+    average = optim.average_parameters(0.999)
+    state = average.init(params)
+    assert state.average["kernel"].dtype == jnp.float32
+    start = state._replace(updates=jnp.full([], 100_000, jnp.int32))
+    # One update moves the average by 1e-3, which bfloat16 would round to zero near 1.
+    _, state = average.update({"kernel": jnp.ones((2, 3), jnp.bfloat16)}, start, params)
+    np.testing.assert_allclose(state.average["kernel"], 1.001, rtol=1e-6)
+    for _ in range(9):
+        _, state = average.update({"kernel": jnp.ones((2, 3), jnp.bfloat16)}, state, params)
+    used = optim.params_for_evaluation(params, (state,))["kernel"]
+    assert used.dtype == jnp.bfloat16
+    np.testing.assert_allclose(used.astype(np.float32), 2 - 0.999**10, rtol=4e-3)
+    assert (used != params["kernel"]).all()

@@ -381,6 +381,27 @@ def default_ctrl_c_handler():
     signal.signal(signal.SIGINT, previous)
 
 
+def test_a_run_with_bfloat16_parameters_resumes_with_its_float32_average(tiny_data_dir, tmp_path):
+    changes = {"model.param_dtype": "bfloat16", "optimizer.average_decay": 0.9}
+    config = make_tiny_config(tiny_data_dir, **changes)
+
+    def interrupt(kind, *_):
+        if kind == LATEST:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "resumed", quiet=True, on_save=interrupt)
+    for name in ("resumed", "complete"):
+        assert train(config, tmp_path / name, quiet=True).finished
+    assert_same_checkpoints(tmp_path / "resumed", tmp_path / "complete")
+    arrays, _ = read_latest_checkpoint(tmp_path / "complete")
+    average = {value.dtype.name for name, value in arrays.items() if "average" in name}
+    params = {value.dtype.name for name, value in arrays.items() if "'params'" in name}
+    assert average == {"float32"} and params == {"bfloat16"}
+    best, _ = read_checkpoint(tmp_path / "complete", BEST)
+    assert {value.dtype.name for value in best.values()} == {"bfloat16"}
+
+
 def test_ctrl_c_saves_the_step_and_a_second_one_stops_immediately(
     tiny_data_dir, finished_workdir, tmp_path, capfd, default_ctrl_c_handler
 ):
