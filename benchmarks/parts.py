@@ -104,6 +104,7 @@ def model_parts(config: BenchmarkConfig) -> dict[str, Part]:
             text_repr=text_repr,
             speech_present=mask,
             text_present=mask,
+            experts=EXPERTS,
         )
         return losses.mister_e(output, label, mask)[0]
 

@@ -1,5 +1,8 @@
 """MiSTER-E's losses: pure functions from masked arrays to a float32 scalar.
 
+The computation is float32. If `jax_enable_x64` is on and the logits or representations are float64,
+the computation and the loss are float64. Masks may be bool, or integers that are converted to bool.
+
 Each loss is a sum divided by a count. In `pmap` or `shard_map`, pass the name of the mapped axis as
 `axis_name`. Each device then divides the sum over its own rows by the count over all devices, and
 the contrastive loss compares these rows with the rows of all devices. To get the loss of the global
@@ -25,14 +28,21 @@ import optax
 
 from mister_jax.config_checks import invalid_field
 from mister_jax.models import EXPERTS, MisterEOutput
+from mister_jax.nn.dtypes import at_least_float32
 
 
 def _divide_by_global_count(total: jax.Array, count: jax.Array, axis_name: str | None) -> jax.Array:
     """Returns total / global count, or zero if the count is zero."""
-    count = count.astype(jnp.float32)
+    count = count.astype(total.dtype)
     if axis_name is not None:
         count = jax.lax.psum(count, axis_name)
     return total / jnp.maximum(count, 1.0)
+
+
+def _as_float(values: jax.Array) -> jax.Array:
+    """Converts an array to float32; float64 arrays are not changed."""
+    values = jnp.asarray(values)
+    return values.astype(at_least_float32(values.dtype))
 
 
 def _check_positions(values: jax.Array, labels: jax.Array, mask: jax.Array) -> None:
@@ -55,7 +65,8 @@ def focal(
 
     Args:
       logits: Class logits, [..., C].
-      labels: Class of each position, [...] int; read only where the mask is True.
+      labels: Class of each position, [...] int; read only where the mask is True. Positions whose
+        label is not in 0..C-1, such as -1, are unlabeled and do not count.
       mask: Positions that count, [...] bool.
       gamma: Focusing parameter, 0 or more; 0 gives the cross-entropy.
       axis_name: Mapped axis; see the module's docstring.
@@ -68,19 +79,29 @@ def focal(
       AssertionError: The shapes of `logits`, `labels` and `mask` do not match.
     """
     losses = focal_per_position(logits, labels, mask, gamma=gamma)
-    return _divide_by_global_count(losses.sum(), mask.sum(), axis_name)
+    labeled = _labeled(labels, mask, logits.shape[-1])
+    return _divide_by_global_count(losses.sum(), labeled.sum(), axis_name)
 
 
 def focal_per_position(
     logits: jax.Array, labels: jax.Array, mask: jax.Array, *, gamma: float = 3.0
 ) -> jax.Array:
-    """Returns the focal loss of each position, [...] float32, zero outside the mask."""
+    """Returns the focal loss of each position, [...] float32.
+
+    The loss is zero outside the mask and at unlabeled positions; see `focal`.
+    """
     if gamma < 0:
         raise ValueError(f"focal gamma {gamma}; allowed: 0 or more")
     _check_positions(logits, labels, mask)
+    labeled = _labeled(labels, mask, logits.shape[-1])
     # Also mask the logits, because a zero gradient times a NaN logit would be NaN.
-    logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)
-    return jnp.where(mask, _focal_from_cross_entropy(cross_entropy(logits, labels), gamma), 0)
+    logits = jnp.where(labeled[..., None], _as_float(logits), 0)
+    return jnp.where(labeled, _focal_from_cross_entropy(cross_entropy(logits, labels), gamma), 0)
+
+
+def _labeled(labels: jax.Array, mask: jax.Array, num_classes: int) -> jax.Array:
+    """Returns which positions inside the mask have a label in 0..C-1."""
+    return mask.astype(bool) & (labels >= 0) & (labels < num_classes)
 
 
 def _focal_from_cross_entropy(cross_entropy: jax.Array, gamma: float) -> jax.Array:
@@ -102,7 +123,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       logits: Class logits, [..., C] float32.
       labels: Class of each position, [...] int.
     """
-    return optax.losses.softmax_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1]))
+    logits = jnp.asarray(logits)
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return optax.losses.softmax_cross_entropy(logits, one_hot)
 
 
 def supervised_contrastive(
@@ -121,7 +144,8 @@ def supervised_contrastive(
 
     Args:
       representations: Representations, [..., F]; this function normalizes them to length 1.
-      labels: Labels, [...] int; read only where the mask is True.
+      labels: Labels, [...] int; read only where the mask is True. Representations with negative
+        labels are unlabeled and do not count.
       mask: Representations that count, [...] bool.
       temperature: Divisor of the cosine similarities, positive.
       axis_name: Mapped axis; see the module's docstring.
@@ -130,10 +154,15 @@ def supervised_contrastive(
       Loss, [] float32; zero if no anchor has a positive.
 
     Raises:
+      ValueError: `temperature` is a number that is not positive.
       AssertionError: The shapes of `representations`, `labels` and `mask` do not match.
     """
+    # A traced temperature has no value yet.
+    if not isinstance(temperature, jax.Array) and not temperature > 0:
+        raise ValueError(f"{temperature=}; allowed: positive numbers")
     _check_positions(representations, labels, mask)
-    x = jnp.where(mask[..., None], representations.astype(jnp.float32), 0)
+    mask = mask.astype(bool) & (labels >= 0)
+    x = jnp.where(mask[..., None], _as_float(representations), 0)
     squared_norm = (x * x).sum(-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-12) * temperature)  # ... F
     total, count = _sum_over_anchors(axis_name, x, labels, mask)
@@ -194,7 +223,8 @@ def _sum_over_anchors_forward(axis_name, x, labels, mask):
     log_sum = jnp.log(jnp.where(scaled_sum > 0, scaled_sum, 1.0)) + maximum  # ...
     count = pairs.is_positive.sum(-1)
     positive_sum = jnp.where(pairs.is_positive, pairs.similarity, 0).sum(-1)
-    total = jnp.where(count > 0, log_sum - positive_sum / jnp.maximum(count, 1), 0).sum()
+    mean = positive_sum / jnp.maximum(count, 1).astype(x.dtype)
+    total = jnp.where(count > 0, log_sum - mean, 0).sum()
     return (total, (count > 0).sum()), (x, labels, mask, log_sum, count)
 
 
@@ -213,7 +243,8 @@ def _sum_over_anchors_backward(axis_name, residuals, cotangents):
 
     def d_similarity(log_sum: jax.Array, count: jax.Array) -> jax.Array:
         softmax = jnp.exp(jnp.where(pairs.is_candidate, pairs.similarity - log_sum, -jnp.inf))
-        gradient = softmax - jnp.where(pairs.is_positive, 1 / jnp.maximum(count, 1), 0)
+        share = 1 / jnp.maximum(count, 1).astype(x.dtype)
+        gradient = softmax - jnp.where(pairs.is_positive, share, 0)
         return jnp.where(count > 0, gradient, 0)
 
     gradient = d_similarity(log_sum[..., None], count[..., None])  # as an anchor
@@ -249,12 +280,11 @@ def expert_agreement(
     Returns:
       Loss, [] float32; zero with fewer than two experts.
     """
-    log_p = jax.nn.log_softmax(
-        jnp.where(mask[..., None, None], expert_logits.astype(jnp.float32), 0)
-    )
+    mask = mask.astype(bool)
+    log_p = jax.nn.log_softmax(jnp.where(mask[..., None, None], _as_float(expert_logits), 0))
     experts = tuple(range(log_p.shape[2])) if experts is None else experts
     present = jnp.broadcast_to(mask[..., None], log_p.shape[:-1])  # B T E
-    present = present if expert_mask is None else present & expert_mask
+    present = present if expert_mask is None else present & expert_mask.astype(bool)
     return _agreement(log_p, mask, present, experts, axis_name)
 
 
@@ -271,9 +301,9 @@ def _agreement(
     sum_{a<b} (p_a - p_b)(log p_a - log p_b) = n sum_a (p_a - mean p)(log p_a - mean log p).
     """
     if len(experts) < 2:
-        return jnp.zeros((), jnp.float32)
+        return jnp.zeros((), log_p.dtype)
     is_enabled = np.isin(np.arange(log_p.shape[2]), experts)
-    weight = (present & is_enabled)[..., None].astype(jnp.float32)  # B T E 1
+    weight = (present & is_enabled)[..., None].astype(log_p.dtype)  # B T E 1
     count = weight.sum(2, keepdims=True)  # B T 1 1
 
     def center(values: jax.Array) -> jax.Array:
@@ -309,7 +339,8 @@ def gate_responsibility(
     Args:
       gate: Expert weights, [..., E]; they sum to 1 over E and are zero for missing experts.
       expert_logits: Logits of the experts, [..., E, C].
-      labels: Class of each position, [...] int; read only where the mask is True.
+      labels: Class of each position, [...] int; read only where the mask is True. Positions whose
+        label is not in 0..C-1, such as -1, are unlabeled and do not count.
       mask: Positions that count, [...] bool.
       expert_mask: Present experts, [..., E] bool; all by default.
       sharpness: Exponent of the probabilities, 0 or more.
@@ -326,9 +357,10 @@ def gate_responsibility(
         raise ValueError(f"gate sharpness {sharpness}; allowed: 0 or more")
     _check_positions(gate, labels, mask)
     chex.assert_equal_shape_prefix([expert_logits, gate], gate.ndim)
+    mask = _labeled(labels, mask, expert_logits.shape[-1])
     present = jnp.broadcast_to(mask[..., None], gate.shape)
-    present = present if expert_mask is None else present & expert_mask  # ... E
-    expert_logits = jnp.where(present[..., None], expert_logits.astype(jnp.float32), 0)
+    present = present if expert_mask is None else present & expert_mask.astype(bool)  # ... E
+    expert_logits = jnp.where(present[..., None], _as_float(expert_logits), 0)
     log_p = -cross_entropy(expert_logits, jnp.broadcast_to(labels[..., None], gate.shape))
     return _gate_responsibility(gate, sharpness * log_p, mask, present, axis_name)
 
@@ -344,7 +376,7 @@ def _gate_responsibility(
     responsibility = jax.nn.softmax(scaled_log_p, where=present)  # ... E
     responsibility = jax.lax.stop_gradient(responsibility)
     # The lower bound keeps the logarithm finite. Learned gate weights are usually far above it.
-    log_gate = jnp.log(jnp.where(present, jnp.maximum(gate.astype(jnp.float32), 1e-12), 1))
+    log_gate = jnp.log(jnp.where(present, jnp.maximum(_as_float(gate), 1e-12), 1))
     return _divide_by_global_count(-(responsibility * log_gate).sum(), mask.sum(), axis_name)
 
 
@@ -355,8 +387,9 @@ def rating_targets(labels: jax.Array, ratings: jax.Array) -> jax.Array:
       labels: Labels, [...] int, -1 if unlabeled; used where there are no ratings.
       ratings: Number of raters who chose each class, [..., C]; all zeros without ratings.
     """
+    ratings = _as_float(ratings)
     count = ratings.sum(-1, keepdims=True)
-    one_hot = jax.nn.one_hot(labels, ratings.shape[-1])
+    one_hot = jax.nn.one_hot(labels, ratings.shape[-1], dtype=ratings.dtype)
     return jnp.where(count > 0, ratings / jnp.maximum(count, 1e-6), one_hot)
 
 
@@ -416,10 +449,12 @@ def score_error(
     """
     if output.score is None or output.expert_scores is None:
         raise ValueError("score_error needs MisterEConfig.predict_score=True")
-    scored = mask & ~jnp.isnan(scores)
+    predicted = jnp.concatenate([output.score[..., None], output.expert_scores], axis=-1)
+    predicted = _as_float(predicted)  # B T 1+E
+    scores = jnp.asarray(scores, predicted.dtype)
+    scored = mask.astype(bool) & ~jnp.isnan(scores)
     present = scored[..., None] & output.expert_present  # B T E
     counted = jnp.concatenate([scored[..., None], present], axis=-1)  # B T 1+E
-    predicted = jnp.concatenate([output.score[..., None], output.expert_scores], axis=-1)
     # Mask the values before the difference, because a zero gradient times NaN would be NaN.
     error = jnp.where(counted, predicted, 0) - jnp.where(counted, scores[..., None], 0)
     sums, counts = jnp.abs(error).sum((0, 1)), counted.sum((0, 1))
@@ -441,7 +476,6 @@ def mister_e(
     gamma: float = 3.0,
     temperature: float = 1.0,
     sharpness: float = 1.0,
-    experts: tuple[str, ...] = EXPERTS,
     class_weights: jax.typing.ArrayLike | None = None,
     logit_adjustment: jax.typing.ArrayLike | None = None,
     scores: jax.Array | None = None,
@@ -453,15 +487,16 @@ def mister_e(
     The loss is the weighted sum of:
 
     - the focal losses of the mixture and of each expert, where the expert is present,
-    - the contrastive loss between the fusion expert's speech and text representations,
-    - `expert_agreement`, the divergence between the experts,
+    - the contrastive loss between the fusion expert's speech and text representations, if the model
+      has this expert,
+    - `expert_agreement`, the divergence between the enabled experts,
     - the gate loss `gate_responsibility`, whose weight is 0 in the released code,
     - `score_error`, if the model predicts scores and `scores` is given.
 
     Losses with weight 0 are not computed.
 
     Args:
-      output: Output of `MisterE`.
+      output: Output of `MisterE`; its `experts` are the enabled experts.
       labels: Class of each utterance, [B, T] int. Utterances whose label is not in 0..C-1, such as
         -1, are unlabeled.
       mask: Valid utterances, [B, T] bool. Utterances with neither a label nor ratings count only in
@@ -470,7 +505,6 @@ def mister_e(
       gamma: Focusing parameter of the focal losses.
       temperature: Temperature of the contrastive loss.
       sharpness: Sharpness of the gate loss.
-      experts: Enabled experts, a subset of ("speech", "text", "fusion").
       class_weights: Weight of each class in the focal losses, [C]; see `imbalance.class_weights`.
       logit_adjustment: Values added to the logits in the focal losses and in the gate loss, [C];
         see `imbalance.logit_adjustment`.
@@ -493,8 +527,9 @@ def mister_e(
         raise ValueError(f"{gamma=}, {sharpness=}; allowed: 0 or more")
     if not temperature > 0:
         raise ValueError(f"{temperature=}; allowed: positive numbers")
-    if isinstance(experts, str) or not set(experts) <= set(EXPERTS):
-        raise ValueError(f"{experts=}; allowed: a tuple of {', '.join(EXPERTS)}")
+    experts = output.experts
+    if not isinstance(experts, tuple) or not set(experts) <= set(EXPERTS):
+        raise ValueError(f"output.experts={experts!r}; allowed: a tuple of {', '.join(EXPERTS)}")
     weights = LossWeights() if weights is None else weights
     if not isinstance(weights, LossWeights):
         raise ValueError(f"weights={weights!r}; allowed: LossWeights")
@@ -503,29 +538,31 @@ def mister_e(
     _check_shape("mask", mask, shape)
     _check_shape("scores", scores, shape)
     _check_shape("ratings", ratings, (*shape, num_classes))
-    mask = mask.astype(bool)
-    has_label = mask & (labels >= 0) & (labels < num_classes)
+    has_label = _labeled(labels, mask, num_classes)
     target = None if ratings is None else rating_targets(labels, ratings)  # B T C
-    labeled = has_label if target is None else mask & (target.sum(-1) > 0)
+    labeled = has_label if target is None else mask.astype(bool) & (target.sum(-1) > 0)
     # The losses share the log-probabilities of the mixture and the experts, [B, T, 1 + E, C].
     logits = jnp.concatenate([output.logits[:, :, None], output.expert_logits], axis=2)
-    logits = jnp.where(labeled[..., None, None], logits, 0)
+    logits = jnp.where(labeled[..., None, None], _as_float(logits), 0)
     log_p = jax.nn.log_softmax(logits)
     adjusted = log_p
     if logit_adjustment is not None:
-        adjusted = jax.nn.log_softmax(logits + jnp.asarray(logit_adjustment))
+        adjusted = jax.nn.log_softmax(logits + jnp.asarray(logit_adjustment, logits.dtype))
     if target is None:
-        target = jax.nn.one_hot(labels, log_p.shape[-1])
+        target = jax.nn.one_hot(labels, num_classes)
+    target = target.astype(log_p.dtype)
+    if class_weights is not None:
+        class_weights = jnp.asarray(class_weights, log_p.dtype)
     label_log_p = (adjusted * target[:, :, None]).sum(-1)  # B T 1+E
     present = labeled[..., None] & output.expert_present  # B T E
     counted = jnp.concatenate([labeled[..., None], present], axis=-1)  # B T 1+E
     if ratings is not None:
-        weighted = target if class_weights is None else target * jnp.asarray(class_weights)
+        weighted = target if class_weights is None else target * class_weights
         per_utterance = (weighted[:, :, None] * _focal_from_cross_entropy(-adjusted, gamma)).sum(-1)
     else:
         per_utterance = _focal_from_cross_entropy(-label_log_p, gamma)
         if class_weights is not None:
-            per_utterance *= (target @ jnp.asarray(class_weights))[..., None]
+            per_utterance *= (target @ class_weights)[..., None]
     focal_losses = _divide_by_global_count(
         jnp.where(counted, per_utterance, 0).sum((0, 1)),
         counted.sum((0, 1)),
@@ -554,4 +591,4 @@ def mister_e(
     if output.score is not None and scores is not None and weights.score:
         parts["score"] = score_error(output, scores, mask, axis_name=axis_name)
     weighted_parts = (getattr(weights, name) * value for name, value in parts.items())
-    return sum(weighted_parts, start=jnp.zeros((), jnp.float32)), parts
+    return sum(weighted_parts, start=jnp.zeros((), log_p.dtype)), parts

@@ -7,7 +7,7 @@ import pytest
 from mister_jax import imbalance, losses, metrics
 from mister_jax.data.batching import BatchPlan
 from mister_jax.errors import InputError
-from mister_jax.models import MisterEOutput
+from mister_jax.models import EXPERTS, MisterEOutput
 from mister_jax.tasks.fusion import FusionTask
 from mister_jax.training.loop import train
 from mister_jax.training.progress import TrainConfig, TrainProgress
@@ -69,6 +69,7 @@ def make_output(random, batch=3, length=5, classes=3, experts=3):
         text_repr=representations[1],
         speech_present=present[..., 0],
         text_present=present[..., 1],
+        experts=EXPERTS,
     )
 
 

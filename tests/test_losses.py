@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import pickle
 
 import chex
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mister_jax import MisterE, MisterEOutput, losses
+from mister_jax.models import EXPERTS
 from mister_jax.tasks.fusion import LossConfig, mister_e_loss
 
 NUM_CLASSES, FUSION_DIM, NUM_EXPERTS = 4, 5, 3
@@ -449,8 +451,6 @@ def test_unlabeled_utterances_count_in_no_part_of_the_loss(training, tiny_config
         ({"mask": np.ones((8, 4), bool)}, r"^mask has shape \(8, 4\); allowed: \(8, 5\)"),
         ({"ratings": np.zeros((8, 5))}, r"^ratings has shape \(8, 5\); allowed: \(8, 5, "),
         ({"scores": np.zeros(8)}, r"^scores has shape \(8,\); allowed: \(8, 5\)"),
-        ({"experts": ("video",)}, r"experts=\('video',\); allowed: a tuple of speech, text, fus"),
-        ({"experts": "speech"}, "experts='speech'; allowed: a tuple of speech"),
         ({"temperature": 0.0}, "temperature=0.0; allowed: positive"),
         ({"gamma": -1.0}, "gamma=-1.0, .*; allowed: 0 or more"),
         ({"weights": {"gate": 1.0}}, "weights={'gate': 1.0}; allowed: LossWeights"),
@@ -460,10 +460,138 @@ def test_wrong_arguments_raise_an_error_that_names_the_argument(make_batch, chan
     batch = make_batch((5, 1, 4, 2, 5, 3, 1, 2))
     positions = batch["mask"].shape
     fields = {field.name: None for field in dataclasses.fields(MisterEOutput)}
-    output = MisterEOutput(**{**fields, "logits": np.zeros((*positions, NUM_CLASSES))})
+    fields |= {"logits": np.zeros((*positions, NUM_CLASSES)), "experts": EXPERTS}
+    output = MisterEOutput(**fields)
     arguments = {"labels": batch["label"], "mask": batch["mask"], **changes}
     with pytest.raises(ValueError, match=message):
         losses.mister_e(output, **arguments)
+
+
+@pytest.mark.parametrize("experts", [("video",), "speech", None])
+def test_an_output_with_wrong_experts_raises(experts):
+    fields = {field.name: None for field in dataclasses.fields(MisterEOutput)}
+    fields |= {"logits": np.zeros((2, 3, NUM_CLASSES)), "experts": experts}
+    labels, mask = np.zeros((2, 3), int), np.ones((2, 3), bool)
+    with pytest.raises(
+        ValueError, match=r"output\.experts=.*; allowed: a tuple of speech, text, f"
+    ):
+        losses.mister_e(MisterEOutput(**fields), labels, mask)
+
+
+def random_output(experts, positions=(3, 4), dtype=np.float32):
+    """Makes an output without a model; disabled experts are not present."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(random.normal(size=(*positions, *shape)), dtype)
+
+    enabled = np.isin(EXPERTS, experts)
+    representation = FUSION_DIM if "fusion" in experts else 0
+    return MisterEOutput(
+        logits=normal(NUM_CLASSES),
+        expert_logits=normal(NUM_EXPERTS, NUM_CLASSES),
+        gate=jnp.asarray(
+            np.broadcast_to(enabled / enabled.sum(), (*positions, NUM_EXPERTS)), dtype
+        ),
+        expert_present=jnp.broadcast_to(enabled, (*positions, NUM_EXPERTS)),
+        speech_context=normal(0),
+        text_context=normal(0),
+        speech_repr=normal(representation),
+        text_repr=normal(representation),
+        speech_present=jnp.ones(positions, bool),
+        text_present=jnp.ones(positions, bool),
+        experts=experts,
+    )
+
+
+@pytest.mark.parametrize("experts", [("speech", "text"), ("text",), ("text", "fusion"), EXPERTS])
+def test_the_losses_are_those_of_the_experts_of_the_output(experts):
+    output = random_output(experts)
+    labels, mask = (
+        np.random.default_rng(1).integers(NUM_CLASSES, size=(3, 4)),
+        np.ones((3, 4), bool),
+    )
+    # Transformations keep the experts, and so does pickling.
+    output = jax.jit(jax.vmap(lambda output: output))(pickle.loads(pickle.dumps(output)))
+    assert output.experts == experts
+    total, parts = losses.mister_e(output, labels, mask, WEIGHTS)
+    assert np.isfinite(total)
+    expected = {"mixture", *experts}
+    expected |= {"contrastive"} if "fusion" in experts else set()
+    expected |= {"agreement", "gate"} if len(experts) > 1 else set()
+    assert parts.keys() == expected
+    if len(experts) > 1:
+        agreement = losses.expert_agreement(
+            output.expert_logits, mask, experts=tuple(map(EXPERTS.index, experts))
+        )
+        np.testing.assert_allclose(parts["agreement"], agreement, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [focal_loss, contrastive_loss, gate_loss])
+def test_unlabeled_positions_inside_the_mask_do_not_count(batch, loss):
+    everywhere = batch | {"labeled": batch["mask"]}
+    value, gradients = value_and_gradients(loss, everywhere)
+    expected, expected_gradients = value_and_gradients(loss, batch)
+    assert (batch["mask"] != batch["labeled"]).any()
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    chex.assert_trees_all_close(gradients, expected_gradients, atol=1e-6)
+
+
+@ALL_LOSSES
+def test_integer_masks_equal_bool_masks(batch, loss):
+    integers = {name: batch[name].astype(np.int32) * 2 for name in ("labeled", "expert_mask")}
+    np.testing.assert_allclose(run(loss, batch | integers), run(loss, batch), rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_contrastive_temperatures_that_are_not_positive_raise(batch, temperature):
+    with pytest.raises(ValueError, match=f"temperature={temperature}; allowed: positive"):
+        contrastive_loss(batch, temperature=temperature)
+
+
+@ALL_LOSSES
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_losses_have_the_dtype_of_the_inputs_with_x64(batch, loss, dtype):
+    expected, expected_gradients = value_and_gradients(loss, batch)
+    with jax.enable_x64(True):
+        inputs = batch | {name: jnp.asarray(batch[name], dtype) for name in FLOATS}
+        inputs["label"] = batch["label"].astype(np.int64)
+        value, gradients = value_and_gradients(loss, inputs)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((value, gradients))} == {dtype}
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for name in FLOATS:
+        np.testing.assert_allclose(gradients[name], expected_gradients[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_training_loss_has_the_dtype_of_the_output_with_x64(dtype):
+    with jax.enable_x64(True):
+        output = random_output(EXPERTS, dtype=dtype)
+
+        def loss(logits, speech_repr):
+            changed = dataclasses.replace(output, expert_logits=logits, speech_repr=speech_repr)
+            return losses.mister_e(
+                changed,
+                jnp.zeros((3, 4), int),
+                jnp.ones((3, 4), int),
+                WEIGHTS,
+                class_weights=[1.0] * NUM_CLASSES,
+                logit_adjustment=[0.5] * NUM_CLASSES,
+            )
+
+        arguments = output.expert_logits, output.speech_repr
+        results = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arguments)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(results)} == {dtype}
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixture": "mean"}, {"mixture": "majority", "crf": True}])
+def test_the_training_loss_needs_no_implicit_dtype_promotion(make_batch, tiny_config, changes):
+    config = dataclasses.replace(tiny_config, **changes)
+    batch, key = make_batch((5, 1, 4)), jax.random.key(0)
+    with jax.numpy_dtype_promotion("strict"):
+        model = nnx.eval_shape(lambda: MisterE(config, rngs=nnx.Rngs(0)))
+        total, _ = nnx.eval_shape(lambda model: mister_e_loss(model, batch, key), model)
+    assert total.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
@@ -517,6 +645,7 @@ def test_huge_bfloat16_outputs_have_finite_gradients(extreme, tiny_config):
         "text_context": None,
         "speech_present": extreme["speech_present"],
         "text_present": extreme["text_present"],
+        "experts": EXPERTS,
     }
 
     def loss(floats):

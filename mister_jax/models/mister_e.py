@@ -47,6 +47,7 @@ class MisterEOutput:
       text_repr: Text representation of the fusion expert, [B, T, F].
       speech_present: Utterances whose speech was used, [B, T] bool.
       text_present: Utterances whose text was used, [B, T] bool.
+      experts: Names of the enabled experts, a static field without arrays.
       score: Score of the mixture, [B, T] float32; None if the model predicts no score.
       expert_scores: Score of each expert, [B, T, E] float32, or None.
     """
@@ -61,6 +62,8 @@ class MisterEOutput:
     text_repr: jax.Array
     speech_present: jax.Array
     text_present: jax.Array
+    # JAX transformations treat static fields as part of the tree's structure.
+    experts: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     score: jax.Array | None = None
     expert_scores: jax.Array | None = None
 
@@ -181,6 +184,7 @@ class MisterE(nnx.Module):
         Returns:
           The new state, and the output for these utterances, with T = 1.
         """
+        speech_present, text_present = speech_present.astype(bool), text_present.astype(bool)
         speech, text = self._present_vectors(speech, text, speech_present, text_present)
         new_state, outputs = {}, {}
         for name, expert, inputs in (
@@ -248,6 +252,7 @@ class MisterE(nnx.Module):
             text_repr=text_repr,
             speech_present=speech_present,
             text_present=text_present,
+            experts=tuple(self.config.experts),
             score=score,
             expert_scores=expert_scores,
         )
@@ -303,7 +308,8 @@ class MisterE(nnx.Module):
         if self.gate is not None:
             gate = self.gate(expert_logits, present, speech_context, text_context)
         else:
-            gate = present / present.sum(-1, keepdims=True, dtype=jnp.float32)
+            weights = present.astype(expert_logits.dtype)
+            gate = weights / weights.sum(-1, keepdims=True)
         return jnp.einsum("bte,btec->btc", gate, expert_logits), gate
 
     def _check_shapes(self, speech, text, mask, speech_present, text_present) -> None:
@@ -365,9 +371,10 @@ def majority_vote(expert_logits: jax.Array, present: jax.Array) -> tuple[jax.Arr
     """
     # Votes in the order of EXPERTS. With 1.5 votes, fusion breaks ties but cannot outvote the other
     # two experts together.
-    weights = present * jnp.array([1.0, 1.0, 1.5])
+    weights = present.astype(expert_logits.dtype) * jnp.array([1.0, 1.0, 1.5], expert_logits.dtype)
     weights /= weights.sum(-1, keepdims=True)
-    votes = jax.nn.one_hot(expert_logits.argmax(-1), expert_logits.shape[-1])  # B T E C
+    num_classes = expert_logits.shape[-1]
+    votes = jax.nn.one_hot(expert_logits.argmax(-1), num_classes, dtype=weights.dtype)  # B T E C
     # The small term keeps the logits of classes without votes finite.
     return jnp.log(jnp.einsum("bte,btec->btc", weights, votes) + 1e-6), weights
 

@@ -522,7 +522,6 @@ def mister_e_loss(
         gamma=config.gamma,
         temperature=config.temperature,
         sharpness=config.sharpness,
-        experts=model.config.experts,
         class_weights=class_weights,
         logit_adjustment=logit_adjustment,
         scores=batch.get("score"),

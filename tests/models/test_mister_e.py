@@ -68,15 +68,13 @@ def forward(model, batch):
 
 # The losses are compiled separately, so that models with different layers share the program.
 compiled_forward = nnx.jit(forward)
-compiled_losses = jax.jit(losses.mister_e, static_argnames=("weights", "experts"))
+compiled_losses = jax.jit(losses.mister_e, static_argnames="weights")
 WEIGHTS = losses.LossWeights(gate=1.0)
 
 
 def output_and_losses(model, batch):
     output = compiled_forward(model, batch)
-    experts = model.config.experts
-    arguments = output, batch["label"], batch["mask"], WEIGHTS
-    return output, compiled_losses(*arguments, experts=experts)
+    return output, compiled_losses(output, batch["label"], batch["mask"], WEIGHTS)
 
 
 @nnx.jit
