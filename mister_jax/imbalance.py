@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,7 +25,7 @@ def class_counts(label: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def class_weights(
-    method: str, counts: np.ndarray, field: str = "class_weights"
+    method: str | Sequence[float], counts: np.ndarray, field: str = "class_weights"
 ) -> np.ndarray | None:
     """Returns the weight of each class in a loss.
 
@@ -32,7 +33,7 @@ def class_weights(
       method: Weighting method: "none" for no weights; "balanced" for the inverse of the class's
         count n; "effective_number" for the inverse of the effective number
         (1 - beta^n) / (1 - beta) with beta 0.999 (arXiv 1901.05555); or one positive number per
-        class, such as "1,2,0.5".
+        class, as a sequence such as (1, 2, 0.5) or as text such as "1,2,0.5".
       counts: Number of training items of each class, [C].
       field: Name of the config field, for errors.
 
@@ -41,8 +42,11 @@ def class_weights(
       keeps the scale of the loss.
 
     Raises:
-      InputError: The method is unknown, or the list is not one positive number per class.
+      InputError: The method is unknown, the list is not one positive number per class, or no item
+        has a label.
     """
+    if not isinstance(method, str):
+        method = ",".join(map(str, method))
     if method == "none":
         return None
     if method == "balanced":
@@ -51,6 +55,8 @@ def class_weights(
         weights = (1 - _BETA) / (1 - _BETA ** np.maximum(counts, 1))
     else:
         weights = _given_weights(method, len(counts), field)
+    if not counts.sum():
+        raise InputError(f"{field}={method} needs labels, but no item has one")
     return (weights * counts.sum() / (weights * counts).sum()).astype(np.float32)
 
 

@@ -180,3 +180,17 @@ def test_an_unknown_selection_score_is_refused():
         ValueError, match=r"select_by='f1'; allowed: weighted_f1, macro_f1, .* loss"
     ):
         TrainConfig(epochs=1, select_by="f1")
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 0.5], (1.0, 2.0, 0.5), np.array([1, 2, 0.5])])
+def test_class_weights_may_be_a_sequence_of_numbers(numbers):
+    expected = imbalance.class_weights("1,2,0.5", COUNTS)
+    np.testing.assert_array_equal(imbalance.class_weights(numbers, COUNTS), expected)
+    with pytest.raises(InputError, match=r"weights=1,2; allowed: .* 3 positive numbers"):
+        imbalance.class_weights([1, 2], COUNTS, "weights")
+
+
+@pytest.mark.parametrize("method", ["balanced", "effective_number", "1,2,4"])
+def test_class_weights_without_a_labeled_item_raise(method):
+    with pytest.raises(InputError, match=f"weights={method} needs labels, but no item has one"):
+        imbalance.class_weights(method, np.zeros(3, int), "weights")
