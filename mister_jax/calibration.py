@@ -17,6 +17,7 @@ from etils import epath
 
 from mister_jax.errors import InputError
 from mister_jax.io import read_json, write_json
+from mister_jax.metrics import check_labels
 
 CALIBRATION_FILE = "calibration.json"
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
@@ -45,9 +46,19 @@ class Calibration:
         """Calibrates class probabilities.
 
         Args:
-          probabilities: Class probabilities, [..., C], a NumPy or JAX array.
+          probabilities: Class probabilities, [..., C], a NumPy or JAX array. Integers are converted
+            to floats.
+
+        Raises:
+          ValueError: The number of biases is not the number of classes C.
         """
-        xp = probabilities.__array_namespace__()
+        xp, num_classes = probabilities.__array_namespace__(), probabilities.shape[-1]
+        if self.bias is not None and len(self.bias) != num_classes:
+            raise ValueError(
+                f"calibration has {len(self.bias)} biases; allowed: {num_classes}, one per class"
+            )
+        if probabilities.dtype.kind in "biu":
+            probabilities = probabilities.astype(float)
         logits = _log(probabilities, xp) / self.temperature
         if self.bias is not None:
             logits = logits + xp.asarray(self.bias, dtype=logits.dtype)
@@ -104,7 +115,11 @@ def negative_log_likelihood(probabilities: np.ndarray, label: np.ndarray) -> np.
     Args:
       probabilities: Class probabilities, [N, C].
       label: Class indices, [N] int.
+
+    Raises:
+      ValueError: A label is not in 0..C-1.
     """
+    check_labels(label, probabilities.shape[-1])
     return -_log(probabilities[np.arange(len(label)), label].astype(float))
 
 
@@ -126,10 +141,14 @@ def fit_calibration(
     Returns:
       The calibration, with a temperature from `MIN_TEMPERATURE` to `MAX_TEMPERATURE`; None if no
       utterance has a label.
+
+    Raises:
+      ValueError: A label is C or more.
     """
     labeled = label >= 0
     if not labeled.any():
         return None
+    check_labels(label[labeled], probabilities.shape[-1])
     log_probabilities = _log(probabilities[labeled].astype(float))
     objective = _Objective(log_probabilities, label[labeled], with_bias)
     parameters = _minimize(objective)

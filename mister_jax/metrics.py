@@ -45,8 +45,10 @@ def confusion_counts(
 ) -> jax.Array:
     """Counts pairs of label and predicted class.
 
+    Positions whose label or prediction is not in 0..C-1 are not counted.
+
     Args:
-      labels: Labels, [...] int; -1 if unlabeled. Unlabeled positions are not counted.
+      labels: Labels, [...] int; -1 if unlabeled.
       predicted: Predicted classes, [...] int.
       mask: Positions to count, [...] bool.
       num_classes: Number of classes C.
@@ -54,10 +56,26 @@ def confusion_counts(
     Returns:
       Counts, [C, C] int32, with labels as rows and predictions as columns.
     """
-    counted = mask & (labels >= 0)
+    # Small integer dtypes, such as uint8, cannot hold the index of a cell.
+    labels, predicted = jnp.asarray(labels, jnp.int32), jnp.asarray(predicted, jnp.int32)
+    counted = mask.astype(bool)
+    for classes in (labels, predicted):
+        counted = counted & (classes >= 0) & (classes < num_classes)
     cells = jnp.where(counted, labels * num_classes + predicted, num_classes**2)
     counts = jnp.bincount(cells.reshape(-1), length=num_classes**2 + 1)
     return counts[:-1].reshape(num_classes, num_classes).astype(jnp.int32)
+
+
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Raises ValueError if a label is not in 0..C-1.
+
+    NumPy would read a negative label as a class counted from the end.
+    """
+    labels = np.asarray(labels)
+    if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(
+            f"labels are from {labels.min()} to {labels.max()}; allowed: 0 to {num_classes - 1}"
+        )
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -194,7 +212,7 @@ def regression_scores(score: np.ndarray, predicted: np.ndarray) -> dict[str, Any
 
     Args:
       score: Annotated sentiment, [N], -3 to 3; utterances with NaN are ignored.
-      predicted: Predicted sentiment, [N].
+      predicted: Predicted sentiment, [N]; read only where `score` is not NaN.
 
     Returns:
       A dict with these entries, or only "utterances" if there are no scores:
@@ -204,12 +222,21 @@ def regression_scores(score: np.ndarray, predicted: np.ndarray) -> dict[str, Any
       - "accuracy_7", "accuracy_5": Accuracy of the rounded scores.
       - "utterances": Number of utterances with scores.
       - "binary": Result of `binary_sentiment` for the signs of the predicted scores.
+
+    Raises:
+      ValueError: The predicted score of an annotated utterance is NaN.
     """
     score, predicted = np.asarray(score, float), np.asarray(predicted, float)
     annotated = ~np.isnan(score)
     score, predicted = score[annotated], predicted[annotated]
     if not len(score):
         return {"utterances": 0}
+    num_missing = int(np.isnan(predicted).sum())
+    if num_missing:
+        raise ValueError(
+            f"predicted is NaN for {num_missing} of {len(score)} annotated utterances; allowed: "
+            "numbers"
+        )
     varies = len(score) > 1 and min(np.ptp(score), np.ptp(predicted)) > 0
 
     def accuracy(limit: float) -> float:
@@ -294,15 +321,27 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 10)
     Args:
       confidence: Probability of the predicted class, [N], 0 to 1.
       correct: Whether the prediction is correct, [N] bool.
-      num_bins: Number of equal-width bins between 0 and 1. A bin includes its upper end; the first
-        bin also includes 0.
+      num_bins: Number of equal-width bins between 0 and 1. A bin includes its upper end, rounded to
+        the dtype of `confidence`; the first bin also includes 0.
 
     Returns:
       The calibration "error"; the "bin" of each utterance, [N] int; and the "count", mean
       "confidence" and "accuracy" of each bin, [num_bins], which are 0 for an empty bin.
+
+    Raises:
+      ValueError: A confidence is not between 0 and 1, apart from rounding.
     """
-    confidence = np.asarray(confidence, float)
-    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+    confidence = np.asarray(confidence)
+    # The softmax of an accelerator may exceed 1 in the last digit.
+    if not ((confidence >= 0) & (confidence <= 1 + 1e-6)).all():  # also rejects NaN
+        raise ValueError(
+            f"confidence is from {confidence.min()} to {confidence.max()}; allowed: 0 to 1"
+        )
+    upper_ends = np.arange(1, num_bins) / num_bins
+    if confidence.dtype.kind == "f":
+        upper_ends = upper_ends.astype(confidence.dtype)
+    bins = np.searchsorted(upper_ends, confidence)
+    confidence = confidence.astype(float)
     count = np.bincount(bins, minlength=num_bins).astype(float)
     mean_confidence = _ratio(np.bincount(bins, confidence, num_bins), count)
     accuracy = _ratio(np.bincount(bins, np.asarray(correct, float), num_bins), count)
@@ -322,7 +361,11 @@ def brier_scores(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
     Args:
       probabilities: Class probabilities, [N, C].
       label: True classes, [N] int.
+
+    Raises:
+      ValueError: A label is not in 0..C-1.
     """
+    check_labels(label, probabilities.shape[-1])
     return ((probabilities - np.eye(probabilities.shape[-1])[label]) ** 2).sum(-1)
 
 

@@ -184,3 +184,26 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, content, message):
 def test_the_json_values_are_plain():
     values = json.loads(json.dumps(Calibration(1.5, BIAS).to_json()))
     assert Calibration.from_json(values, "file", 3) == Calibration(1.5, BIAS)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_the_likelihood_of_a_label_that_is_no_class_raises(label):
+    probabilities = np.full((2, 3), 1 / 3)
+    with pytest.raises(ValueError, match=r"labels are from .*; allowed: 0 to 2"):
+        negative_log_likelihood(probabilities, np.array([0, label]))
+    with pytest.raises(ValueError, match=r"labels are from .*; allowed: 0 to 2"):
+        fit_calibration(probabilities, np.array([0, 3]))
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 4])
+def test_a_bias_of_another_number_of_classes_raises(num_classes):
+    with pytest.raises(ValueError, match=f"has 3 biases; allowed: {num_classes}, one per class"):
+        Calibration(1.0, BIAS)(np.full((5, num_classes), 1 / num_classes))
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_integer_probabilities_are_calibrated_as_floats(xp):
+    certain = np.eye(3, dtype=int)
+    calibration = Calibration(20.0, BIAS)
+    expected = calibration(certain.astype(float if xp is np else np.float32))
+    np.testing.assert_allclose(calibration(xp.asarray(certain)), expected, rtol=1e-5)

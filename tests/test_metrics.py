@@ -199,3 +199,43 @@ def test_perfect_confidences_have_the_smallest_area():
 )
 def test_positive_class_is_recognized_by_its_name(class_names, expected):
     assert metrics.positive_class(class_names) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32])
+def test_positions_with_a_label_or_prediction_that_is_no_class_are_not_counted(dtype):
+    labels = np.array([0, 29, 30, 3, 1, 100], dtype)
+    predicted = np.array([0, 29, 3, 30, 99, 1], dtype)
+    counts = metrics.confusion_counts(labels, predicted, np.ones(6, int), 30)
+    assert counts[0, 0] == counts[29, 29] == 1
+    assert counts.sum() == 2
+    minus_one = metrics.confusion_counts(np.array([1, 2]), np.array([-1, 2]), np.ones(2, bool), 3)
+    assert minus_one.sum() == minus_one[2, 2] == 1
+
+
+@pytest.mark.parametrize("num_bins", [1, 3, 7, 10, 49, 100, 1000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_calibration_bin_includes_its_upper_end(num_bins, dtype):
+    confidence = (np.arange(num_bins + 1) / num_bins).astype(dtype)
+    bins = metrics.calibration(confidence, np.ones(num_bins + 1, bool), num_bins)["bin"]
+    assert bins.tolist() == [0, *range(num_bins)]
+
+
+@pytest.mark.parametrize("confidence", [-0.1, 1.1, np.nan])
+def test_a_confidence_outside_0_and_1_raises(confidence):
+    with pytest.raises(ValueError, match=r"confidence is from .*; allowed: 0 to 1"):
+        metrics.calibration(np.array([0.5, confidence]), np.ones(2, bool))
+    assert metrics.calibration(np.float32([1.0000001]), np.ones(1, bool))["bin"] == [9]
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_brier_scores_of_a_label_that_is_no_class_raise(label):
+    with pytest.raises(ValueError, match=r"labels are from .*; allowed: 0 to 1"):
+        metrics.brier_scores(np.full((2, 2), 0.5), np.array([0, label]))
+
+
+def test_a_missing_predicted_score_raises_only_where_a_score_is_annotated():
+    score = np.array([1.0, np.nan, -2.0])
+    scores = metrics.regression_scores(score, np.array([1.0, np.nan, -2.0]))
+    assert scores["mae"] == 0 and scores["utterances"] == 2
+    with pytest.raises(ValueError, match="predicted is NaN for 1 of 2 annotated utterances"):
+        metrics.regression_scores(score, np.array([np.nan, 0.0, -2.0]))
