@@ -33,3 +33,14 @@ def test_constant_schedule_can_have_a_warmup():
 def test_cosine_schedule_of_a_single_step_is_finite():
     config = OptimizerConfig(schedule="cosine", warmup_fraction=0.9)
     assert np.isfinite(config.make_schedule(1)(0))
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_a_warmup_fraction_outside_its_range_raises(fraction):
+    with pytest.raises(ValueError, match=f"warmup_fraction={fraction}; allowed: 0 <= fraction < 1"):
+        learning_rate_schedule(0.5, 10, warmup_fraction=fraction)
+
+
+def test_an_unknown_schedule_raises():
+    with pytest.raises(ValueError, match="name='linear'; allowed: constant, cosine"):
+        learning_rate_schedule(0.5, 10, name="linear")
