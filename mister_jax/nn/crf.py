@@ -16,9 +16,9 @@ class ConditionalRandomField(nnx.Module):
     transitions are equally likely, and the marginals are the softmax of the logits.
 
     For a constant T, the forward and the backward pass are associative scans over matrix products,
-    which take log T steps. A causal CRF has only the forward pass, which takes T steps. It
-    normalizes the class probabilities after each utterance, so the results are as precise after
-    thousands of utterances as after one.
+    which take log T steps. A causal CRF has only the forward pass, which takes T steps. All passes
+    normalize each product, so the results are as precise after thousands of utterances as after
+    one.
 
     Args:
       num_classes: Number of classes C.
@@ -108,11 +108,11 @@ def _scan_messages(steps: jax.Array) -> tuple[jax.Array, jax.Array]:
     num_classes = steps.shape[-1]
 
     def move_forward(message: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        message = jax.nn.logsumexp(message[:, :, None] + step, axis=1)
+        message = _normalize(jax.nn.logsumexp(message[:, :, None] + step, axis=1), -1)
         return message, message
 
     def move_backward(message: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.nn.logsumexp(step + message[:, None, :], axis=2), message
+        return _normalize(jax.nn.logsumexp(step + message[:, None, :], axis=2), -1), message
 
     steps = steps.swapaxes(0, 1)  # T B C C
     start = jnp.full(steps.shape[1:3], -jnp.log(num_classes))
@@ -122,5 +122,15 @@ def _scan_messages(steps: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _log_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiplies matrices [..., C, C] given as logarithms."""
-    return jax.nn.logsumexp(a[..., :, :, None] + b[..., None, :, :], axis=-2)
+    """Multiplies matrices [..., C, C] given as logarithms; normalizes the product."""
+    product = jax.nn.logsumexp(a[..., :, :, None] + b[..., None, :, :], axis=-2)
+    return _normalize(product, (-2, -1))
+
+
+def _normalize(log_scores: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """Subtracts the maximum, which changes no marginal.
+
+    Without this, scores would grow with the number of utterances, and float32 rounds large scores
+    to fewer decimals. The marginals do not depend on the maximum, so it needs no gradient.
+    """
+    return log_scores - jax.lax.stop_gradient(log_scores.max(axis, keepdims=True))

@@ -127,3 +127,21 @@ def test_a_causal_crf_runs_on_several_devices():
     sharded = jax.shard_map(module, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     expected = jax.jit(module)(logits, mask)
     np.testing.assert_allclose(jax.jit(sharded)(logits, mask), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [100, 2000])
+def test_marginals_of_long_dialogues_are_precise(length):
+    module = crf()
+    logits = np.random.default_rng(0).normal(size=(1, length, CLASSES)).astype(np.float32) * 5
+    transition = np.asarray(module.transition[...], np.float64)
+    rows = transition - np.logaddexp.reduce(transition, axis=1, keepdims=True)
+    unary = logits[0].astype(np.float64)
+    forward, backward = unary.copy(), np.zeros_like(unary)
+    for t in range(1, length):
+        forward[t] += np.logaddexp.reduce(forward[t - 1][:, None] + rows, axis=0)
+    for t in reversed(range(length - 1)):
+        backward[t] = np.logaddexp.reduce(rows + unary[t + 1] + backward[t + 1], axis=1)
+    expected = forward + backward
+    expected -= np.logaddexp.reduce(expected, axis=1, keepdims=True)
+    marginals = jax.jit(module)(logits, np.ones((1, length), bool))
+    np.testing.assert_allclose(np.exp(marginals[0]), np.exp(expected), atol=5e-6)
