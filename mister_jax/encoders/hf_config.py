@@ -154,11 +154,15 @@ def read_fields(
 
 
 def make_config(config_class: Any, fields: Mapping[str, Any], where: str = CONFIG_FILE) -> Any:
-    """Creates a config from fields that were read from a file.
+    """Creates a config from fields that were read from a file, and from further options.
 
     Raises:
-      InputError: A value is not allowed.
+      InputError: A name or value is not allowed.
     """
+    allowed = [field.name for field in dataclasses.fields(config_class)]
+    unknown = [name for name in fields if name not in allowed]
+    if unknown:
+        raise InputError(f"unknown option {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     try:
         return config_class(**fields)
     except ValueError as error:

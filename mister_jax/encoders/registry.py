@@ -162,7 +162,7 @@ def create_module(hf_config: Mapping[str, Any], *, rngs: nnx.Rngs, **changes: An
       **changes: Further fields of the architecture's config.
 
     Raises:
-      InputError: The architecture or the value of a field is not supported.
+      InputError: The architecture, or the name or value of a field, is not supported.
     """
     architecture = find_architecture(hf_config, CONFIG_FILE)
     _check_dtypes(changes)
@@ -220,7 +220,8 @@ def load_module(
         `lora`.
 
     Raises:
-      InputError: The architecture is not supported, or does not match the weights or the adapter.
+      InputError: The architecture is not supported, or does not match the weights or the adapter;
+        or a name or value in `changes` is not allowed.
     """
     folder = pathlib.Path(folder)
     hf_config = read_config(folder) if hf_config is None else hf_config

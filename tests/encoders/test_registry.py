@@ -394,6 +394,7 @@ def test_a_tokenizer_that_does_not_contradict_the_config_is_accepted(copy, field
         ({"lora": LoRAConfig(2, 4, targets=("q_proj",))}, r"LoRA targets \['q_proj'\]: no such"),
         ({"dtype": "int7"}, "dtype='int7'; allowed: float32, bfloat16"),
         ({"param_dtype": "int8"}, "param_dtype='int8'; allowed: float32, bfloat16"),
+        ({"drop": 0.1}, "unknown option drop; allowed: lora, .*, dropout, "),
     ],
 )
 def test_unsupported_options_are_rejected_on_loading(folder, changes, message):
