@@ -159,7 +159,8 @@ class MultiHeadAttention(nnx.Module):
         """Computes attention from the queries to the keys.
 
         Args:
-          query: Input of the query projection, [B, T, query_dim].
+          query: Input of the query projection, [B, T, query_dim]; finite, also at padded positions.
+            Otherwise, the gradients are NaN.
           key: Input of the key and value projections, [B, S, key_dim].
           key_mask: Keys that may be attended to, [B, S] bool. If a query has no such key, the
             attended value is zero.
@@ -169,6 +170,7 @@ class MultiHeadAttention(nnx.Module):
         Returns:
           Output, [B, T, out_dim].
         """
+        key_mask = key_mask.astype(bool)
         k, v = self._keys_and_values(key, key_mask)
         mask = key_mask[:, None, None, :]  # B 1 1 S
         if self.window is not None:
@@ -203,7 +205,7 @@ class MultiHeadAttention(nnx.Module):
           The new state, and the output, [B, out_dim]. `__call__` with all queries and keys gives
           the same outputs.
         """
-        mask = key_mask[:, None]  # B 1
+        mask = key_mask.astype(bool)[:, None]  # B 1
         new = AttentionState(*self._keys_and_values(key[:, None], mask), mask)
         state = jax.tree.map(
             lambda past, value: jnp.concatenate([past[:, 1:], value], axis=1), state, new
@@ -300,7 +302,18 @@ class AttentionBlock(nnx.Module):
         deterministic: bool = True,
         rngs: KeySource | None = None,
     ) -> jax.Array:
-        """Transforms x, [B, T, F], by attention to valid keys, [B, S, F]; the mask is [B, S]."""
+        """Transforms a stream by attention to valid keys.
+
+        Args:
+          x: Stream, [B, T, F]; finite, also at padded positions. Otherwise, the gradients are NaN.
+          key: Keys, [B, S, F].
+          key_mask: Keys that may be attended to, [B, S] bool.
+          deterministic: Whether to disable dropout.
+          rngs: Source of dropout keys.
+
+        Returns:
+          The new stream, [B, T, F].
+        """
         attended = self.attention(x, key, key_mask, deterministic=deterministic, rngs=rngs)
         return self.norm(x + self.dropout(attended, deterministic=deterministic, rngs=rngs))
 
@@ -395,6 +408,8 @@ class CoAttentionLayer(nnx.Module):
         rngs: KeySource | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Updates both streams.
+
+        Both streams must be finite, also at padded positions. Otherwise, the gradients are NaN.
 
         Args:
           first: First stream, [B, T, F].

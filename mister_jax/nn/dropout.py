@@ -102,7 +102,7 @@ class Dropout(nnx.Module):
           Result in the shape and dtype of x.
 
         Raises:
-          ValueError: Dropout is on and `rngs` is missing.
+          ValueError: Dropout is on and `rngs` is missing, or the number of keys is not B.
         """
         if deterministic or self.rate == 0.0:
             return x
@@ -162,7 +162,15 @@ def random_bits(
 
     Returns:
       Random bits, uint32 with shape `shape`.
+
+    Raises:
+      ValueError: The shape of the keys is not that of the leading axes.
     """
+    if key.shape != tuple(shape[: key.ndim]):
+        raise ValueError(
+            f"dropout keys have shape {key.shape} for an array of shape {tuple(shape)}; allowed: "
+            f"{tuple(shape[: key.ndim])}, one key per row"
+        )
     key_words = jax.random.key_data(key)
     strides = [math.prod((padded_shape or shape)[axis + 1 :]) for axis in range(len(shape))]
     bits = jnp.zeros(shape, jnp.uint32)

@@ -20,6 +20,7 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     Returns:
       Means in the dtype of x, [B, D]; zeros for a sequence without valid positions.
     """
+    mask = mask.astype(bool)
     total = jnp.where(mask[..., None], x, 0).astype(jnp.float32).sum(1)
     return (total / jnp.maximum(mask.sum(1), 1)[:, None]).astype(x.dtype)
 

@@ -8,6 +8,9 @@ The gates follow PyTorch and cuDNN, so PyTorch weights only need to be transpose
 gate order is r, z, n. The reset gate is applied after the recurrent product (a variant of arXiv
 1406.1078). The input product and the recurrent product have separate biases.
 
+States, gates and the results of matrix products are float32, or float64 if the products' dtype is
+float64.
+
 Shape letters: B dialogues, T utterances, I input size, H hidden size, P directions, G recurrences
 in one scan.
 """
@@ -23,6 +26,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mister_jax.nn.dropout import Dropout, KeySource
+from mister_jax.nn.dtypes import at_least_float32
 
 
 def gru_scan(gates: jax.Array, mask: jax.Array, kernel: jax.Array, bias_n: jax.Array) -> jax.Array:
@@ -56,7 +60,8 @@ def _match_varying_axes(*arrays: jax.Array) -> list[jax.Array]:
 
 def _grouped_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiplies [G, B, I] by [G, I, O] for each of the G recurrences; returns float32."""
-    return jnp.einsum("gbi,gio->gbo", x, kernel, preferred_element_type=jnp.float32)
+    dtype = at_least_float32(kernel.dtype)
+    return jnp.einsum("gbi,gio->gbo", x, kernel, preferred_element_type=dtype)
 
 
 def _cell(
@@ -81,7 +86,7 @@ def _cell(
         2,
         axis=-1,
     )
-    recurrent_n = recurrent[..., 2 * hidden_dim :] + bias_n[:, None]
+    recurrent_n = recurrent[..., 2 * hidden_dim :] + bias_n[:, None].astype(recurrent.dtype)
     new = jnp.tanh(gate[..., 2 * hidden_dim :] + reset * recurrent_n)
     return new + update * (state - new), (reset, update, new, recurrent_n)
 
@@ -97,7 +102,7 @@ def _scan(
         next_state = jnp.where(valid, new_state, state)  # G B H
         return next_state, (next_state, state, *residuals)
 
-    gates = gates.astype(jnp.float32)
+    gates = gates.astype(at_least_float32(kernel.dtype))
     initial_state = jnp.zeros_like(gates[0, ..., : gates.shape[-1] // 3])
     _, (states, *residuals) = jax.lax.scan(step, initial_state, (gates, mask[..., None]))
     return states, tuple(residuals)
@@ -146,7 +151,7 @@ def _gru_scan_backward(saved, d_states):
         "tgbi,tgbo->gio",
         residuals[0].astype(kernel.dtype),
         d_recurrent.astype(kernel.dtype),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=at_least_float32(kernel.dtype),
         # On meshes with explicit axes, JAX does not choose the sharding of a sum over sharded rows.
         out_sharding=_explicit_sharding(kernel),
     )
@@ -213,11 +218,11 @@ class GRULayer(nnx.Module):
             "bti,ipo->btpo",
             x.astype(dtype),
             self.input_kernel[...].astype(dtype),
-            preferred_element_type=jnp.float32,
+            preferred_element_type=at_least_float32(dtype),
         )
         split = 2 * self.recurrent_kernel.shape[1]
         bias = self.input_bias[...].at[:, :split].add(self.recurrent_bias[:, :split])
-        return (gates + bias).transpose(1, 2, 0, 3)
+        return (gates + bias.astype(gates.dtype)).transpose(1, 2, 0, 3)
 
     def step(self, state: jax.Array, x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
         """Computes the next step of the forward direction.
@@ -242,6 +247,10 @@ class GRU(nnx.Module):
 
     Padding does not change the outputs: the state stays zero until the first valid step of a
     direction, and does not change where the mask is False.
+
+    Reverse-mode differentiation (`jax.grad`, `jax.vjp`, also nested) is supported. Forward-mode
+    differentiation (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) is not, because the backward pass is a
+    `jax.custom_vjp`.
 
     Args:
       in_dim: Input size I.
@@ -320,7 +329,8 @@ class GRU(nnx.Module):
         directions, hidden_dim, _ = self.layers[0].recurrent_kernel.shape
         if directions > 1:
             raise ValueError("bidirectional=True; steps need a GRU with one direction")
-        return [jnp.zeros((batch_size, hidden_dim), jnp.float32) for _ in self.layers]
+        dtype = at_least_float32(self.dtype)
+        return [jnp.zeros((batch_size, hidden_dim), dtype) for _ in self.layers]
 
     def step(self, state: list[jax.Array], x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         """Runs the layers for the next step.
@@ -353,7 +363,7 @@ def run_grus(
     all GRUs as a single batched matrix product.
 
     Args:
-      grus: GRUs with the same number of layers, directions and hidden size.
+      grus: GRUs with the same number of layers, directions, hidden size and dtype.
       inputs: One input per GRU, [B, T, I]; the input sizes may differ.
       mask: Valid steps of all inputs, [B, T] bool.
       deterministic: Whether to disable dropout.
@@ -363,14 +373,19 @@ def run_grus(
       Outputs of each GRU, [B, T, P * H]; zero where the mask is False.
 
     Raises:
-      ValueError: The GRUs differ in depth, directions or hidden size, or there is not one input per
-        GRU.
+      ValueError: The GRUs differ in depth, directions, hidden size or dtype, or there is not one
+        input per GRU.
     """
     shapes = {tuple(layer.recurrent_kernel.shape for layer in gru.layers) for gru in grus}
     if len(shapes) != 1 or len(grus) != len(inputs):
         raise ValueError(
             "run_grus needs one input per GRU and GRUs of the same depth and hidden size, got "
             f"{len(grus)} GRUs, {len(inputs)} inputs and recurrent kernels {sorted(shapes)}"
+        )
+    dtypes = {jax.dtypes.canonicalize_dtype(gru.dtype).name for gru in grus}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"run_grus got GRUs of dtypes {', '.join(sorted(dtypes))}; allowed: one dtype"
         )
     directions, hidden_dim, _ = grus[0].layers[0].recurrent_kernel.shape
     dtype = grus[0].dtype

@@ -276,3 +276,13 @@ def test_a_window_is_the_last_keys_up_to_the_query():
         np.testing.assert_allclose(output[dialogue, position], expected, atol=1e-5)
     with pytest.raises(ValueError, match="steps need a window"):
         module.initial_state(1)
+
+
+def test_an_integer_mask_equals_a_bool_mask():
+    attention = MultiHeadAttention(
+        4, 4, 4, attention_dim=4, num_heads=2, window=2, rngs=nnx.Rngs(0)
+    )
+    x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype(np.float32)
+    mask = np.arange(5) < np.array([[5], [2]])
+    expected = attention(x, x, mask)
+    np.testing.assert_array_equal(attention(x, x, mask.astype(np.int32)), expected)

@@ -121,3 +121,11 @@ def test_the_dropped_fraction_is_close_to_the_rate(rate):
     keep = jax.jit(lambda x: drop(x, PerExampleRngs.from_batch_key(KEY, 4), rate))
     dropped = np.asarray(keep(ones)) == 0
     assert abs(dropped.mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / dropped.size)
+
+
+@pytest.mark.parametrize("num_keys", [1, 5])
+def test_another_number_of_keys_than_rows_raises(num_keys):
+    with pytest.raises(
+        ValueError, match=rf"shape \({num_keys},\) for an array of shape \(6, 50, 8"
+    ):
+        drop(ONES, PerExampleRngs.from_batch_key(KEY, num_keys))

@@ -244,3 +244,26 @@ def test_steps_of_a_unidirectional_gru_equal_its_scan(dtype):
         np.testing.assert_allclose(output.astype(np.float32), expected[:, position], atol=1e-5)
     with pytest.raises(ValueError, match="steps need a GRU with one direction"):
         GRU(5, 4, rngs=nnx.Rngs(0)).initial_state(1)
+
+
+def test_run_grus_refuses_grus_of_different_dtypes():
+    grus = (
+        GRU(3, 4, rngs=nnx.Rngs(0)),
+        GRU(3, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
+    )
+    with pytest.raises(ValueError, match="dtypes bfloat16, float32; allowed: one dtype"):
+        run_grus(grus, (inputs(3), inputs(3)), MASK)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("param_dtype", ["float32", "float64"])
+def test_a_gru_runs_in_float64_with_x64(dtype, param_dtype):
+    with jax.enable_x64(True):
+        gru = make_gru(3, 4, bidirectional=False, dtype=dtype, param_dtype=param_dtype)
+        outputs, gradients = nnx.jit(nnx.value_and_grad(lambda gru: gru(inputs(3), MASK).sum()))(
+            gru
+        )
+        assert outputs.dtype == dtype
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(gradients)} == {param_dtype}
+        state, output = gru.step(gru.initial_state(len(LENGTHS)), inputs(3)[:, 0])
+        assert output.dtype == state[0].dtype == dtype
