@@ -16,7 +16,8 @@ predicts the dialogues of its fold. The predictions of all folds are scored toge
 the recipes, the table has each expert of the first recipe, and logistic regression on the features
 of an utterance and its neighbors. The number of neighbors and the strength of the regularization
 are selected on the validation dialogues of each fold. The difference from the first recipe has a
-95% confidence interval from a paired bootstrap over dialogues.
+95% confidence interval from a paired bootstrap over dialogues, or over the values of the folds'
+column, such as speakers.
 
 If the best of many recipes is chosen by its score, this score is biased upward. The table therefore
 states how many recipes were tried. Confirm the choice on a test split. With several seeds, the

@@ -99,8 +99,10 @@ def sampling_weights(
     """Returns the weights for drawing items, which are dialogues or single utterances.
 
     With "balanced", an item's weight is the mean of 1 / (class count) over its labeled utterances.
-    If the items are single utterances, these weights draw all classes equally often. If the items
-    are dialogues, these weights draw dialogues with rare classes more often.
+    If the items are single utterances in one length bucket, these weights draw all classes equally
+    often. With several buckets, items are drawn within each bucket, so a class that is rare in a
+    bucket of many items stays rarer. If the items are dialogues, these weights draw dialogues with
+    rare classes more often.
 
     Args:
       sampling: "shuffle" or "balanced".

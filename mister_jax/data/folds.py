@@ -109,6 +109,12 @@ def _load_pooled(
     return dataclasses.replace(
         parts[0],
         split="all",
+        # Metadata of a single split, such as scores of reference classifiers, are left out.
+        metadata={
+            name: value
+            for name, value in parts[0].metadata.items()
+            if all(features.metadata.get(name) == value for features in parts)
+        },
         dialogue_ids=tuple(ids),
         lengths=np.concatenate([features.lengths for features in parts]),
         **arrays,
@@ -157,6 +163,17 @@ def make_folds(features: DialogueFeatures, spec: str, seed: int = 0) -> Folds:
             "because training, validation and test use different folds"
         )
     return Folds(spec, tuple(names), tuple(tuple(member) for member in members), index)
+
+
+def fold_groups(features: DialogueFeatures, spec: str) -> np.ndarray | None:
+    """Returns each utterance's value in the column of the folds, [N] str; None for dialogues.
+
+    Args:
+        features: All splits of the dataset; see `load_pooled`.
+        spec: See `Folds`.
+    """
+    column = spec.partition(":")[0]
+    return None if column == DIALOGUE else _column(features, column, spec)
 
 
 def load_fold(

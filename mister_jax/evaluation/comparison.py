@@ -26,7 +26,7 @@ from mister_jax.errors import InputError
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.figures import plot_differences
 from mister_jax.evaluation.report import read_utterance_texts
-from mister_jax.evaluation.split_predictions import SplitPredictions
+from mister_jax.evaluation.split_predictions import SplitPredictions, group_index
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
 from mister_jax.metrics import SCORE_NAMES, title
 from mister_jax.workdir import config_path, read_config
@@ -210,6 +210,7 @@ def _split_predictions(
         experts=(),
         votes=np.zeros((len(rows), 0), int),
         gate=None,
+        group_index=group_index(rows),
     )
 
 

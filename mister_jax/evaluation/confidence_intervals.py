@@ -3,6 +3,9 @@
 The utterances in a dialogue are not independent, so whole dialogues are resampled. Each of R
 resamples draws M dialogues, with replacement, from the M labeled dialogues in a split. A score's
 interval reaches from the 2.5% to the 97.5% quantile of its resampled values.
+
+In a cross-validation by speaker, session or another column, whole speakers or sessions are
+resampled instead; see `SplitPredictions.group_index`.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ class DialogueBootstrap:
       seed: Random seed of the resamples.
 
     Attributes:
-      dialogues: Indices of the M dialogues with at least one label, [M] int.
+      dialogues: Indices of the M dialogues (or groups) with at least one label, [M] int.
       num_resamples: Number of resamples R; 0 if M is 1, because all resamples would be equal.
     """
 
@@ -67,9 +70,9 @@ class DialogueBootstrap:
         self, predictions: SplitPredictions, num_resamples: int = NUM_RESAMPLES, seed: int = 0
     ):
         self._predictions = predictions
-        self.dialogues, self._dialogue = np.unique(
-            predictions.dialogue_index[predictions.labeled], return_inverse=True
-        )
+        index = predictions.group_index
+        index = predictions.dialogue_index if index is None else index
+        self.dialogues, self._dialogue = np.unique(index[predictions.labeled], return_inverse=True)
         num_dialogues = len(self.dialogues)
         self.num_resamples = num_resamples if num_dialogues > 1 else 0
         draws = np.random.default_rng(seed).multinomial(
@@ -129,12 +132,16 @@ class DialogueBootstrap:
     def scores(self, predicted: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Computes `metrics.confusion_scores` on the whole split and on the resamples.
 
+        The scores of a class on a resample without this class are NaN.
+
         Args:
           predicted: Predicted classes, [N] int, -1 for excluded utterances.
         """
         counts, resampled_counts = self.confusion(predicted)
         scores = metrics.confusion_scores(counts)
-        resampled = metrics.confusion_scores(resampled_counts)
+        resampled = dict(metrics.confusion_scores(resampled_counts))
+        for name in ("precision", "recall", "f1"):
+            resampled[name] = np.where(resampled["support"] > 0, resampled[name], np.nan)
         return {name: (scores[name], resampled[name]) for name in scores}
 
 

@@ -20,13 +20,13 @@ from ml_collections import ConfigDict
 
 from mister_jax import metrics
 from mister_jax.data import SPLITS, UNLABELED, DialogueFeatures, split_names
-from mister_jax.data.folds import check_folds, load_pooled, make_folds, split_list
+from mister_jax.data.folds import check_folds, fold_groups, load_pooled, make_folds, split_list
 from mister_jax.data.schema import MODALITIES
 from mister_jax.errors import InputError
 from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.figures import plot_confusion
 from mister_jax.evaluation.scores import score_other_targets
-from mister_jax.evaluation.split_predictions import NO_VOTE, SplitPredictions
+from mister_jax.evaluation.split_predictions import NO_VOTE, SplitPredictions, group_index
 from mister_jax.evaluation.variants import Row, Study, Variant
 from mister_jax.io import read_json, read_json_lines, write_json, write_text
 from mister_jax.models import EXPERTS
@@ -153,9 +153,12 @@ def cross_validate(
         or the dataset has ratings, the ensemble's scores on them follow; see
         `scores.score_other_targets`.
       - "mean" and "deviation": Mean and standard deviation of each score over the folds.
+      - "num_seeds": Number of seeds.
       - "pooled": Scores of the test predictions of all folds together, with the entries of
         `scores.score_other_targets`. With several seeds, the ensemble's predictions are scored.
       - "pooled_intervals": Confidence intervals of the pooled scores.
+      - "interval_unit": What the intervals resample: the column of the folds, such as "speaker", or
+        "dialogue".
       - "confusion": Confusion matrix of the pooled predictions.
 
     Raises:
@@ -234,6 +237,7 @@ def _summarize(study: Study) -> dict[str, Any]:
     predictions = pool_predictions(predicted_rows, class_names)
     result = {
         "folds": rows,
+        "num_seeds": study.variants[0].config.num_seeds,
         "mean": {name: mean for name, (mean, _) in over_folds.items()},
         "deviation": {name: deviation for name, (_, deviation) in over_folds.items()},
         "pooled": {
@@ -241,6 +245,7 @@ def _summarize(study: Study) -> dict[str, Any]:
             **_score_pooled_targets(predicted_rows, predictions),
         },
         "pooled_intervals": _intervals(predictions),
+        "interval_unit": _interval_unit(study.variants[0].config, predictions),
         "confusion": confusion.tolist(),
     }
     if jax.process_index() == 0:
@@ -256,7 +261,10 @@ def _summarize(study: Study) -> dict[str, Any]:
 
 
 def _test_rows(folds: Sequence[Variant], folders: Sequence[epath.Path]) -> list[dict[str, Any]]:
-    """Reads the test predictions of all folds."""
+    """Reads the test predictions of all folds.
+
+    If the folds divide a column other than the dialogue, each row has its value as "group".
+    """
     rows = [
         row
         for fold, folder in zip(folds, folders, strict=True)
@@ -272,6 +280,16 @@ def _test_rows(folds: Sequence[Variant], folders: Sequence[epath.Path]) -> list[
             "intervals treat dialogues with the same id as one dialogue",
             repeated,
         )
+    config = folds[0].config.data
+    if config.get("folds"):
+        pooled = load_pooled(config.name, config.data_dir or None, split_list(config.fold_splits))
+        groups = fold_groups(pooled, config.folds)
+        if groups is not None:
+            dialogues = np.repeat(np.array(pooled.dialogue_ids, str), pooled.lengths)
+            keys = zip(dialogues.tolist(), pooled.utterance_ids.astype(str).tolist(), strict=True)
+            group_of = dict(zip(keys, groups.tolist(), strict=True))
+            for row in rows:
+                row["group"] = group_of[row["dialogue"], row["utterance"]]
     return rows
 
 
@@ -283,7 +301,7 @@ def pool_predictions(
     Utterances of one dialogue get the same `dialogue_index`, even if they are tested in two folds.
 
     Args:
-      rows: Rows of `predictions.jsonl`.
+      rows: Rows of `predictions.jsonl`, which may have a "group".
       class_names: Names of the classes.
     """
     index: dict[str | None, int] = {name: number for number, name in enumerate(class_names)}
@@ -309,6 +327,7 @@ def pool_predictions(
         experts=experts,
         votes=np.array(votes, int).reshape(len(rows), len(experts)),
         gate=None,
+        group_index=group_index(rows),
     )
 
 
@@ -348,8 +367,13 @@ def _other_titles(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
+def _interval_unit(config: ConfigDict, predictions: SplitPredictions) -> str:
+    column = config.data.get("folds", "").partition(":")[0]
+    return "dialogue" if predictions.group_index is None else column
+
+
 def _intervals(predictions: SplitPredictions) -> dict[str, dict[str, float | None]]:
-    """Returns the confidence intervals of the pooled scores from a bootstrap over dialogues."""
+    """Returns the confidence intervals of the pooled scores; see `confidence_intervals`."""
     scores = DialogueBootstrap(predictions).scores(predictions.predicted)
     return {name: Estimate.from_resamples(*scores[name]).to_json() for name in metrics.SCORE_NAMES}
 
@@ -357,7 +381,8 @@ def _intervals(predictions: SplitPredictions) -> dict[str, dict[str, float | Non
 def markdown(result: Mapping[str, Any]) -> str:
     """Returns Markdown tables with the scores of each fold, and of all folds.
 
-    Scores of `score_other_targets` are in a second table.
+    Scores of `score_other_targets` are in a second table. Notes below say which scores are those of
+    the ensemble of several seeds, and what the intervals resample.
     """
     lines = [
         f"| fold | utterances | {' | '.join(_COLUMNS.values())} |",
@@ -385,6 +410,13 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines.append(f"| mean ± deviation | {' | '.join(cells)} |")
         pooled = {**result["pooled"].get("regression", {}), **result["pooled"].get("raters", {})}
         lines.append(f"| pooled | {' | '.join(_cell(pooled.get(name)) for name in other)} |")
+    notes = [f"The intervals of the pooled scores resample the unit '{result['interval_unit']}'."]
+    if result["num_seeds"] > 1:
+        notes.append(
+            f"Scores of folds are means of {result['num_seeds']} seeds. Pooled scores"
+            f"{', and all scores in the second table,' if other else ''} are those of the ensemble."
+        )
+    lines += ["", " ".join(notes)]
     return "\n".join(lines) + "\n"
 
 

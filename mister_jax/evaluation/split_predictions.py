@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from mister_jax.models import EXPERTS
 
 NO_VOTE = -1
-"""Vote of an expert whose modality is missing."""
+"""Vote of an expert whose modality is missing. Without speech and text, all experts vote."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,6 +35,8 @@ class SplitPredictions:
       gate: Gate weights, [N, E]; None if the model does not learn them.
       without_gate: Class predicted by the mean of the experts' logits, [N] int; None if the model
         does not learn gate weights.
+      group_index: Index of each utterance's group, such as its speaker, [N] int. Confidence
+        intervals resample groups instead of dialogues. None without groups.
     """
 
     dataset: str
@@ -50,6 +52,7 @@ class SplitPredictions:
     votes: np.ndarray
     gate: np.ndarray | None
     without_gate: np.ndarray | None = None
+    group_index: np.ndarray | None = None
 
     @classmethod
     def from_features(
@@ -86,6 +89,13 @@ class SplitPredictions:
     def wrong(self) -> np.ndarray:
         """Whether the utterance has a label that differs from the prediction, [N] bool."""
         return self.labeled & (self.label != self.predicted)
+
+
+def group_index(rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """Returns the index of each row's "group", [N] int; None if the rows have no groups."""
+    if not all("group" in row for row in rows):
+        return None
+    return np.unique([row["group"] for row in rows], return_inverse=True)[1]
 
 
 def predict_without_gate(predictions: Mapping[str, np.ndarray]) -> np.ndarray:

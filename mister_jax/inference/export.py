@@ -98,11 +98,14 @@ def write_model(
     description["encoders"] = encoders
     _write_bundle(predictor, folder, predictor.config, description)
     path = predictor.folder / "metrics.json"
-    # Scores are outdated if training has found better parameters since a split was evaluated.
+    # Leave out scores on other datasets ("DATASET/SPLIT") and of adapted features. Scores are
+    # outdated if training has found better parameters since a split was evaluated.
     scores = {
         split: of_split
         for split, of_split in (read_json(path) if path.exists() else {}).items()
-        if of_split.get("checkpoint", {}).get("epoch") in (None, predictor.progress["epoch"])
+        if "/" not in split
+        and not of_split.get("adapted_features")
+        and of_split.get("checkpoint", {}).get("epoch") in (None, predictor.progress["epoch"])
     }
     # The name of the dataset from which the features were extracted is more informative than the
     # name of the feature dataset.

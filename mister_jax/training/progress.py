@@ -24,8 +24,8 @@ class TrainConfig:
     Attributes:
       epochs: Number of passes over the training split.
       patience: Number of epochs without improvement of a seed's validation score after which the
-        seed's best epoch is final; 0 disables early stopping. The run ends when the best epochs of
-        all seeds are final.
+        seed's best epoch is final; 0 disables early stopping. An equal score is no improvement. The
+        run ends when the best epochs of all seeds are final.
       select_by: Validation score that determines the best epoch: one of `metrics.SCORE_NAMES`,
         "loss" for the lowest cross-entropy, or "mae" for the lowest mean absolute error of a model
         that predicts scores. With "last", the last epoch is used, and validation scores are only
@@ -90,21 +90,24 @@ class TrainProgress:
       best_epochs: Epoch of each best score, counted from 1; 0 before the first validation.
       epoch: Number of completed epochs.
       finished: Whether training is complete.
+      improved_epochs: Epoch in which each seed's best score was first reached.
     """
 
     best_scores: list[float]
     best_epochs: list[int]
     epoch: int = 0
     finished: bool = False
+    improved_epochs: list[int] = dataclasses.field(default_factory=list)
 
     @classmethod
     def initial(cls, num_seeds: int) -> TrainProgress:
         """Returns the progress before the first step."""
-        return cls([0.0] * num_seeds, [0] * num_seeds)
+        return cls([0.0] * num_seeds, [0] * num_seeds, improved_epochs=[0] * num_seeds)
 
     def active_seeds(self, patience: int) -> np.ndarray:
         """Returns which seeds have not stopped early, [S] bool."""
-        stale_epochs = self.epoch - np.array(self.best_epochs)
+        # Checkpoints of an older version have no `improved_epochs`.
+        stale_epochs = self.epoch - np.array(self.improved_epochs or self.best_epochs)
         return (stale_epochs < patience) | (patience == 0)
 
     def is_finished(self, options: TrainConfig) -> bool:
@@ -123,8 +126,11 @@ class TrainProgress:
         # If scores are equal, which happens on small validation splits, the later epoch wins,
         # because its parameters had more updates.
         is_first = np.array(self.best_epochs) == 0
-        improved = active & (is_first | (scores >= self.best_scores))
-        self.best_scores = np.where(improved, scores, self.best_scores).tolist()
-        self.best_epochs = np.where(improved, self.epoch, self.best_epochs).tolist()
+        is_best = active & (is_first | (scores >= self.best_scores))
+        improved = active & (is_first | (scores > self.best_scores))
+        last_improved = self.improved_epochs or self.best_epochs
+        self.improved_epochs = np.where(improved, self.epoch, last_improved).tolist()
+        self.best_scores = np.where(is_best, scores, self.best_scores).tolist()
+        self.best_epochs = np.where(is_best, self.epoch, self.best_epochs).tolist()
         self.finished = self.is_finished(options)
-        return improved
+        return is_best

@@ -13,10 +13,12 @@ from mister_jax.calibration import CALIBRATION_FILE
 from mister_jax.data.folds import load_fold, load_pooled
 from mister_jax.errors import InputError
 from mister_jax.evaluation import variants
+from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.cross_validation import (
     cross_validate,
     folds_of_dataset,
     folds_of_datasets,
+    pool_predictions,
 )
 from mister_jax.evaluation.results import evaluate
 from mister_jax.io import read_json_lines
@@ -68,6 +70,9 @@ def test_pooled_scores_are_those_of_all_test_predictions(cross_validation_workdi
     rows = [json.loads(line) for line in lines]
     pooled = load_pooled("tiny", tiny_data_dir)
     assert sorted(row["utterance"] for row in rows) == sorted(pooled.utterance_ids.tolist())
+    # The reference scores of single splits are not those of the folds.
+    assert "reference_scores" in data.load_features("tiny", "test", tiny_data_dir).metadata
+    assert "reference_scores" not in pooled.metadata
     labeled = [row for row in rows if row["label"] is not None]
     label, predicted = ([row[key] for row in labeled] for key in ("label", "emotion"))
     assert result["pooled"]["weighted_f1"] == pytest.approx(
@@ -164,12 +169,16 @@ def test_scores_of_numbers_and_raters_are_pooled(tiny_data_dir, tmp_path):
         score = random.uniform(-3, 3, len(features.label)).astype(np.float32)
         score[::5] = np.nan
         ratings = random.integers(0, 4, (len(score), 3)).astype(np.float32)
-        splits[split] = dataclasses.replace(features, score=score, ratings=ratings)
+        dialogues = np.repeat(np.arange(len(features.lengths)), features.lengths)
+        metadata = np.array([json.dumps({"speaker": f"s{index % 5}"}) for index in dialogues])
+        splits[split] = dataclasses.replace(
+            features, score=score, ratings=ratings, utterance_metadata=metadata
+        )
     data.write_features(splits, "annotated", tmp_path / "data")
     config = make_tiny_config(
         tmp_path / "data", "annotated,score", **{"train.epochs": 1, "model.experts": ("text",)}
     )
-    result = cross_validate(folds_of_dataset(config, SPEC), tmp_path / "run", quiet=True)
+    result = cross_validate(folds_of_dataset(config, "speaker:3"), tmp_path / "run", quiet=True)
     pooled = load_pooled("annotated", tmp_path / "data")
     rows = {row["utterance"]: row for row in read_json_lines(tmp_path / "run/predictions.jsonl")}
     rows = [rows[name] for name in pooled.utterance_ids]
@@ -183,10 +192,20 @@ def test_scores_of_numbers_and_raters_are_pooled(tiny_data_dir, tmp_path):
     for name in ("mae", "kl_divergence"):
         by_fold = [row[name] for row in result["folds"]]
         assert result["mean"][name] == pytest.approx(np.mean(by_fold))
-    lines = (tmp_path / "run" / "crossval.md").read_text().splitlines()
+    *lines, empty, note = (tmp_path / "run" / "crossval.md").read_text().splitlines()
     assert lines[8].startswith("| fold | MAE | Pearson's r |") and "KL divergence" in lines[8]
     mae = result["pooled"]["regression"]["mae"]
-    assert lines[-1].startswith(f"| pooled | {mae:.3f} |")
+    assert lines[-1].startswith(f"| pooled | {mae:.3f} |") and not empty
+    # The intervals resample the speakers.
+    assert note == "The intervals of the pooled scores resample the unit 'speaker'."
+    assert {row["group"] for row in rows} == {f"s{index}" for index in range(5)}
+    assert all(row["metadata"]["speaker"] == row["group"] for row in rows)
+    bootstrap = DialogueBootstrap(pool_predictions(rows, pooled.class_names))
+    assert len(bootstrap.dialogues) == 5
+    predicted = np.array([pooled.class_names.index(row["emotion"]) for row in rows])
+    expected = Estimate.from_resamples(*bootstrap.scores(predicted)["uar"])
+    interval = result["pooled_intervals"]["uar"]
+    assert (interval["low"], interval["high"]) == pytest.approx((expected.low, expected.high))
     with (tmp_path / "run" / "crossval.csv").open() as file:
         assert float(next(csv.DictReader(file))["mae"]) == result["folds"][0]["mae"]
 

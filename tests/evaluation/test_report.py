@@ -14,7 +14,8 @@ import sklearn.metrics
 from mister_jax import data, metrics
 from mister_jax.data.utterances import Utterances
 from mister_jax.evaluation.calibration import calibration_scores
-from mister_jax.evaluation.confidence_intervals import DialogueBootstrap
+from mister_jax.evaluation.comparison import compare_predictions
+from mister_jax.evaluation.confidence_intervals import DialogueBootstrap, Estimate
 from mister_jax.evaluation.report import (
     Experiment,
     read_utterance_texts,
@@ -25,6 +26,7 @@ from mister_jax.evaluation.report.page import dialogue_data
 from mister_jax.evaluation.report.statistics import (
     abstention,
     calibration,
+    class_scores,
     mean_gates,
     risk_coverage,
     score_models,
@@ -388,6 +390,31 @@ def test_single_utterances_are_grouped_by_dialogue():
     assert page_data["dialogues"] == ["b", "a"] and page_data["offsets"] == [0, 3, 4]
     assert page_data["utterances"] == ["b0", "b1", "b2", "a0"]
     assert page_data["predicted"] == [0, 1, 2, 1]
+
+
+def test_resamples_without_a_class_do_not_widen_its_interval():
+    # Only dialogue 0 has the rare class 2, which is always predicted correctly.
+    label = np.tile([0, 1], 50)
+    label[:3] = 2
+    split = SplitPredictions(
+        dataset="tiny",
+        split="test",
+        class_names=CLASSES,
+        dialogue_ids=tuple(map(str, range(10))),
+        dialogue_index=np.repeat(np.arange(10), 10),
+        utterance_ids=np.arange(100).astype(str),
+        label=label,
+        predicted=np.where(label == 2, 2, 0),
+        probabilities=np.eye(3)[np.where(label == 2, 2, 0)],
+        experts=(),
+        votes=np.zeros((100, 0), int),
+        gate=None,
+    )
+    rare = class_scores(split, DialogueBootstrap(split))[CLASSES[2]]
+    assert [rare[name] for name in ("precision", "recall", "f1")] == [Estimate(1.0, 1.0, 1.0)] * 3
+    without_rare = dataclasses.replace(split, predicted=np.zeros(100, int))
+    compared = compare_predictions(split, without_rare)["per_class"][CLASSES[2]]
+    assert compared["difference"] == {"value": -1.0, "low": -1.0, "high": -1.0}
 
 
 def test_texts_of_an_unavailable_dataset_are_left_out(tmp_path):

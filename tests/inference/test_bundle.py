@@ -51,7 +51,10 @@ TEXTS = ["i am so happy", "you are mad", "we are glad today"]
 def bundle_folder(workdir, tmp_path_factory):
     """A bundle of a recognizer whose run has evaluation scores."""
     run = shutil.copytree(workdir, tmp_path_factory.mktemp("evaluated") / "run")
-    write_json(run / "metrics.json", SCORES)
+    (of_test,) = SCORES.values()
+    # The card shows neither scores on another dataset nor scores of adapted features.
+    others = {"other/test": of_test, "validation": {**of_test, "adapted_features": True}}
+    write_json(run / "metrics.json", SCORES | others)
     folder = run.parent / "bundle"
     export_model(run, folder)
     return folder
@@ -217,6 +220,7 @@ assert not loaded, loaded
 def test_the_model_card_has_the_metadata_of_the_hub(bundle_folder):
     card = ModelCard.load(bundle_folder / "README.md")
     assert card.data.library_name == "mister_jax" and card.data.datasets == ["manifest/calls"]
+    assert {it.dataset_split for it in card.data.eval_results} == {*SCORES}
     assert {(it.metric_type, it.metric_value) for it in card.data.eval_results} == {
         ("weighted_f1", 0.5),
         ("macro_f1", 0.4),

@@ -114,6 +114,14 @@ def test_early_stopping_waits_for_the_patience():
     assert (progress.epoch, progress.best_epochs, progress.best_scores) == (4, [2], [0.5])
 
 
+def test_equal_scores_are_no_improvement_for_early_stopping():
+    options = TrainConfig(epochs=9, patience=2)
+    progress = TrainProgress.initial(1)
+    while not progress.finished:
+        progress.complete_epoch(np.array([0.5]), options)
+    assert (progress.epoch, progress.best_epochs, progress.best_scores) == (3, [3], [0.5])
+
+
 def test_a_tie_goes_to_the_later_epoch():
     progress = TrainProgress.initial(1)
     for score in (0.5, 0.5, 0.4):

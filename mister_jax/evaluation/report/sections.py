@@ -68,7 +68,10 @@ def render_scores(
             f"weighted F1 {mean:.3f} ± {deviation:.3f} (mean and standard deviation)."
         )
     if predictions.experts:
-        notes.append("Experts are scored only on utterances that have their modality.")
+        notes.append(
+            "Experts are scored only on utterances that have their modality, or neither speech nor "
+            "text."
+        )
     return "\n".join(
         (
             element("dl", "".join(figures), class_="figures"),
@@ -319,9 +322,10 @@ def render_missing_modality(study: Mapping[str, Any]) -> str:
         for point in study["points"]
     ]
     lead = (
-        "Weighted F1 when random utterances lose a modality: mean and standard deviation of "
-        f"several draws. The dashed line is the score with nothing dropped, "
-        f"{study['complete']:.3f}. The loss is the decrease from this score, with a 95% interval."
+        "Weighted F1 of a single seed when random utterances lose a modality: mean and standard "
+        "deviation of several draws and all seeds. The dashed line is the mean score of the seeds "
+        f"with nothing dropped, {study['complete']:.3f}. The loss is the decrease from this score, "
+        "with a 95% interval."
     )
     head = ("share without speech", "share without text", "weighted F1", "loss")
     names = missing_modality_lines(study)
