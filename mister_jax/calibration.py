@@ -1,7 +1,7 @@
 """Calibration of a trained model's probabilities, fitted on the validation split.
 
-A temperature T and, optionally, a bias b per class replace the probabilities p by
-softmax(log p / T + b) (arXiv 1706.04599, section 4.2). This formula needs probabilities instead of
+The probabilities p are replaced with softmax(log p / T + b), where T is a temperature and b is an
+optional bias per class (arXiv 1706.04599, section 4.2). This formula needs probabilities instead of
 logits, so it also applies to the mean probabilities of several models.
 """
 

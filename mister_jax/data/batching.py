@@ -86,7 +86,8 @@ def length_buckets(
             reduce padding.
         batch_size: Maximum number of items in a batch; see `BatchPlan`.
         multiple_of: Divisor of the number of rows in a batch; see `BatchPlan`.
-        bucket_cost: Number of positions that each additional bucket must save.
+        bucket_cost: Cost of each additional bucket, in positions. The boundaries minimize the
+            number of positions, including padding, plus these costs.
 
     Returns:
         The boundaries in ascending order; the last is the maximum length.
@@ -139,7 +140,8 @@ class BatchPlan:
         lengths: Length of each item, [M] int.
         batch_size: Maximum number of items in a global batch.
         num_buckets: Maximum number of padded lengths.
-        bucket_cost: Number of positions that each additional padded length must save per epoch.
+        bucket_cost: Cost of each additional padded length, in positions per epoch; see
+            `length_buckets`.
         multiple_of: Divisor of the number of rows, usually the number of devices. It only adds
             empty rows.
         fitted_to: Value of `multiple_of` for which the buckets are chosen. Evaluation uses

@@ -180,8 +180,8 @@ def _assign(shares: np.ndarray, shuffled: np.ndarray, fractions: np.ndarray) -> 
     is_used = fractions > 0
     is_empty = is_used.copy()
     missing = np.repeat(fractions[:, None], shares.shape[1], axis=1)
-    # The gain below is divided by the split's fraction, so that small splits become as even as
-    # large splits.
+    # The gain below is divided by the split's fraction. Otherwise, the class frequencies of small
+    # splits would match those of the dataset less closely than those of large splits do.
     scale = np.maximum(fractions, 1e-12)[:, None]
     assigned = np.zeros(len(shares), int)
     for position, index in enumerate(order):

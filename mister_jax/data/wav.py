@@ -20,8 +20,8 @@ _PCM, _EXTENSIBLE = 0x0001, 0xFFFE
 _MAX_CHUNKS = 1000
 _MAX_RATE = 1_000_000
 
-# Sizes of at least this value mean "until the end of the file". Programs that write to a pipe use
-# such sizes, because the length is not known in advance.
+# Sizes of at least this value mean "until the end of the file", unless a `ds64` chunk states the
+# size. Programs that write to a pipe use such sizes, because the length is not known in advance.
 _OPEN_SIZE = 0x7FFF_0000
 
 

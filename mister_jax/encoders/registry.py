@@ -159,7 +159,7 @@ def create_module(hf_config: Mapping[str, Any], *, rngs: nnx.Rngs, **changes: An
     Args:
       hf_config: Content of the encoder's config.json.
       rngs: RNGs for parameter initialization.
-      **changes: Further fields of the architecture's config.
+      **changes: Fields of the architecture's config, which replace the values from `hf_config`.
 
     Raises:
       InputError: The architecture, or the name or value of a field, is not supported.
@@ -216,8 +216,8 @@ def load_module(
       adapter: Folder of a `peft` adapter. Its LoRA replaces the LoRA of the option `lora`, which
         may target only layers that the adapter also targets.
       seed: Seed for LoRA parameters that are not in a checkpoint.
-      **changes: Further fields of the architecture's config, such as `dtype`, `param_dtype` and
-        `lora`.
+      **changes: Fields of the architecture's config, such as `dtype`, `param_dtype` and `lora`,
+        which replace the values from `hf_config`.
 
     Raises:
       InputError: The architecture is not supported, or does not match the weights or the adapter;

@@ -1,8 +1,8 @@
 """Training runs, and groups of runs that share compiled programs.
 
 Runs whose configs differ only in the data, such as the folds of a cross-validation, share their
-compiled steps. These runs train one after another or several at a time. If several runs train at a
-time, their states are stacked, and each step takes one batch of every run. Each run has a separate
+compiled steps. These runs train one after another or several at once. If several runs train at
+once, their states are stacked, and each step takes one batch of every run. Each run has a separate
 work directory, random numbers, schedule and progress, so its results equal the results of separate
 training up to rounding.
 """
@@ -252,8 +252,8 @@ def plan_groups(
     families: list[_Family] = []
     for index, (config, workdir) in enumerate(zip(configs, workdirs, strict=True)):
         plan = plan_run(config, workdir)
-        # Processes divide the rows of a batch. Shared shapes would change this division, and
-        # with it the random numbers of the rows.
+        # In a job of several processes, each process takes an equal part of a batch's rows. Shared
+        # shapes would change which rows a process takes, and with it their random numbers.
         can_share = families and jax.process_count() == 1
         if not can_share or not families[-1].first.shares_steps_with(plan):
             families.append(_Family(plan))

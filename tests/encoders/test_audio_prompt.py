@@ -1,4 +1,4 @@
-"""Audio inserted into prompts, compared with lists joined in Python."""
+"""Audio inserted into prompts: in the expected lists, the audio replaces the placeholder."""
 
 import jax
 import numpy as np

@@ -313,7 +313,8 @@ def test_a_run_resumes_if_the_best_checkpoint_is_several_epochs_newer(
 def test_the_best_parameters_are_those_of_the_resumed_run(
     tiny_data_dir, newer_best_workdir, tmp_path
 ):
-    # With another number of epochs, the repeated epochs have other learning rates.
+    # The resumed run repeats the epochs after the latest checkpoint. As the number of epochs is
+    # different, the schedule gives them other learning rates.
     config = short_epochs_config(tiny_data_dir, 0, **{"train.epochs": 7})
     workdir = shutil.copytree(newer_best_workdir, tmp_path / "run")
     progress = train(config, workdir, quiet=True)

@@ -51,8 +51,8 @@ def write_feature_file(
     An npz file has the arrays that `read_npz` reads. CSV and Parquet files have the columns
     utterance, dialogue, position, split, label (a class name), `text_present`, `speech_present`,
     and one column per feature: `text_0`, `speech_0` and so on. For an utterance that lacks a
-    modality, the modality's features are empty in CSV files and NaN in Parquet files. If the
-    dataset has scores or ratings, CSV and Parquet files have columns `score` or `ratings_CLASS`.
+    modality, the modality's features are empty in CSV files and NaN in Parquet files. In CSV
+    and Parquet files, scores are in a column `score`, and ratings in columns `ratings_CLASS`.
     All file types have a column for each entry of the utterances' metadata. A modality that no
     utterance has is left out. If an utterance id occurs in several splits, all utterance ids get
     the prefix `SPLIT/`. The same applies to dialogue ids.

@@ -34,7 +34,7 @@ _BEFORE_CONSTRAINTS = (*_BEFORE_TYPES, "LOCALE", "LANGUAGE", "CONSTRAINT")
 
 
 def to_eaf(path: epath.PathLike, rows: Sequence[Row], given: Annotation | None = None) -> str:
-    """Returns an ELAN document with a link to the recording.
+    """Returns an ELAN document, with a link to the recording if the rows name one.
 
     Each emotion is a child of the annotation with the text, so ELAN moves and deletes the two
     together. If the transcript is itself an annotation file, emotions are not children but have

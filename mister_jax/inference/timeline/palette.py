@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Color(NamedTuple):
-    """A color for a light and for a dark background."""
+    """Two shades of a color: one for a light background and one for a dark background."""
 
     light: str
     dark: str
