@@ -410,7 +410,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines.append(f"| mean ± deviation | {' | '.join(cells)} |")
         pooled = {**result["pooled"].get("regression", {}), **result["pooled"].get("raters", {})}
         lines.append(f"| pooled | {' | '.join(_cell(pooled.get(name)) for name in other)} |")
-    notes = [f"The intervals of the pooled scores resample the unit '{result['interval_unit']}'."]
+    notes = [f"The intervals of the pooled scores are resampled by {result['interval_unit']}."]
     if result["num_seeds"] > 1:
         notes.append(
             f"Scores of folds are means of {result['num_seeds']} seeds. Pooled scores"

@@ -1,4 +1,4 @@
-"""Audio inserted into prompts: in the expected lists, the audio replaces the placeholder."""
+"""Audio replaces the placeholder in a prompt."""
 
 import jax
 import numpy as np

@@ -197,7 +197,7 @@ def test_scores_of_numbers_and_raters_are_pooled(tiny_data_dir, tmp_path):
     mae = result["pooled"]["regression"]["mae"]
     assert lines[-1].startswith(f"| pooled | {mae:.3f} |") and not empty
     # The intervals resample the speakers.
-    assert note == "The intervals of the pooled scores resample the unit 'speaker'."
+    assert note == "The intervals of the pooled scores are resampled by speaker."
     assert {row["group"] for row in rows} == {f"s{index}" for index in range(5)}
     assert all(row["metadata"]["speaker"] == row["group"] for row in rows)
     bootstrap = DialogueBootstrap(pool_predictions(rows, pooled.class_names))
