@@ -220,18 +220,20 @@ def _abstract_array(value: Any) -> jax.ShapeDtypeStruct:
 
 @contextlib.contextmanager
 def _silence_unfinished_reads() -> Iterator[None]:
-    """Silences asyncio's messages about reads that are still running when a restore fails.
+    """Silences the messages about reads that are still running when a restore fails.
 
-    Orbax does not cancel these reads. They fail later, when the event loop is closed, and asyncio
-    would print several lines for each read after the one-line error. The messages therefore stay
-    silenced if the restore fails.
+    Orbax does not cancel these reads. They fail later, when the event loop is closed or Python
+    deletes their coroutines, and several lines would be printed for each read after the one-line
+    error. The messages therefore stay silenced if the restore fails.
     """
     asyncio_messages = ("Event loop is closed", "was never awaited")
     asyncio_logger = logging.getLogger("asyncio")
     previous_hook, previous_level = sys.unraisablehook, asyncio_logger.level
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        if not str(unraisable.exc_value).endswith(asyncio_messages):
+        code = getattr(unraisable.object, "cr_code", None)
+        is_read = code is not None and "orbax" in code.co_filename
+        if not is_read and not str(unraisable.exc_value).endswith(asyncio_messages):
             previous_hook(unraisable)
 
     ignored_warnings = warnings.catch_warnings()
