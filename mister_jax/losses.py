@@ -140,7 +140,7 @@ def supervised_contrastive(
 
     An anchor's positives are all other representations with the anchor's label. The denominator of
     the anchor's softmax sums over all other representations. The loss is the mean over anchors with
-    at least one positive.
+    at least one positive. Forward-mode differentiation (`jax.jvp`) is not supported.
 
     Args:
       representations: Representations, [..., F]; this function normalizes them to length 1.

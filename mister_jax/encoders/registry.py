@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mister_jax.convert.key_table import KeyTable, NameRules
-from mister_jax.convert.params import load_backbone, save_params
+from mister_jax.convert.params import load_backbone, save_params, summarize
 from mister_jax.convert.peft import load_adapter, read_base_model, read_lora_config
 from mister_jax.convert.safetensors import Checkpoint, save_tensors
 from mister_jax.encoders import bert, decoder, distilbert, qwen2_audio, wavlm, whisper
@@ -31,7 +31,7 @@ from mister_jax.encoders.tokenization import check_tokenizer
 from mister_jax.errors import InputError
 from mister_jax.io import write_text
 from mister_jax.nn.initialization import create_in_one_program
-from mister_jax.nn.lora import add_lora, dequantize, merge_lora
+from mister_jax.nn.lora import LoRAConfig, add_lora, dequantize, linear_layers, merge_lora
 from mister_jax.nn.rngs import make_rngs
 from mister_jax.parallel import sharding
 from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES
@@ -251,6 +251,7 @@ def load_module(
         _warn_of_other_base_model(adapter, folder, hf_config)
         lora = read_lora_config(adapter, table, architecture.name_rules)
         add_lora(module, lora, rngs=make_rngs(seed))
+        _check_lora_layers(module, lora, adapter)
         load_adapter(module, adapter, table, architecture.name_rules)
         nnx.update(module, jax.device_put(nnx.state(module, nnx.LoRAParam), replicated))
     return module
@@ -266,6 +267,18 @@ def _check_dtypes(changes: Mapping[str, Any]) -> None:
     for name in ("dtype", "param_dtype"):
         if name in changes and changes[name] not in _DTYPES:
             raise InputError(f"{name}={changes[name]!r}; allowed: {', '.join(_DTYPES)}")
+
+
+def _check_lora_layers(
+    module: nnx.Module, lora: LoRAConfig, adapter: str | os.PathLike[str]
+) -> None:
+    """Raises an `InputError` if layers have a LoRA other than the adapter's."""
+    others = [path for path, layer in linear_layers(module) if layer.lora not in (None, lora)]
+    if others:
+        raise InputError(
+            f"{adapter}: has no LoRA for {summarize(others)}, which the option lora targets; "
+            f"allowed targets: {', '.join(lora.targets)}"
+        )
 
 
 def _warn_of_other_base_model(

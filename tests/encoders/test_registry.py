@@ -1,5 +1,6 @@
 """Loading and saving of encoders and tokenizers, and errors for folders that cannot be loaded."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -176,6 +177,12 @@ def test_an_adapter_is_loaded_on_one_device_and_on_a_mesh(folder, tmp_path):
     np.testing.assert_allclose(
         run(registry.load_module(folder, adapter=tmp_path)), expected, atol=1e-5
     )
+    same_layers = dataclasses.replace(LORA, rank=LORA.rank + 1)
+    replaced = registry.load_module(folder, adapter=tmp_path, lora=same_layers)
+    np.testing.assert_allclose(run(replaced), expected, atol=1e-5)
+    with pytest.raises(InputError, match=r"has no LoRA for layers/layers/mlp_in, which .* query"):
+        other_layers = dataclasses.replace(LORA, targets=("mlp_in",))
+        registry.load_module(folder, adapter=tmp_path, lora=other_layers)
     mesh = data_mesh(2)
     module, _ = registry.load_pretrained(folder, mesh=mesh, adapter=tmp_path)
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(nnx.state(module))} == {mesh}
