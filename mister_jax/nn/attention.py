@@ -324,7 +324,7 @@ class AttentionBlock(nnx.Module):
     def step(
         self, state: AttentionState, x: jax.Array, key: jax.Array, key_mask: jax.Array
     ) -> tuple[AttentionState, jax.Array]:
-        """Transforms the next x, [B, F], by attention to its key, [B, F], and earlier keys."""
+        """Transforms the next x, [B, F], which attends to its own key, [B, F], and earlier keys."""
         state, attended = self.attention.step(state, x, key, key_mask)
         return state, self.norm(x + attended)
 

@@ -50,8 +50,8 @@ def _match_varying_axes(*arrays: jax.Array) -> list[jax.Array]:
 
     Under `shard_map`, JAX tracks whether an array differs between devices. If a gradient differs,
     its argument must also be marked as different. The gradient of the kernel differs, because each
-    device has another part of the batch, but the kernel is the same on all devices. Adding a zero
-    that is computed from all arrays marks the kernel as different.
+    device has another part of the batch, but the kernel is the same on all devices. A sum counts as
+    different if one of its terms does, so a zero computed from all arrays is added to each array.
     """
     zeros = (jnp.zeros_like(array, jnp.float32).sum() for array in arrays)
     zero = sum(zeros, start=jnp.zeros((), jnp.float32))

@@ -343,7 +343,7 @@ class _Best:
 
     Attributes:
       step: Number of completed steps at the last improvement.
-      params: Parameter tree; on the host if it is not saved at the end of the epoch.
+      params: Parameter tree; a copy on the host if the epoch is not saved when it ends.
       values: Validation scores and epochs by name; with several seeds, they are arrays [S].
     """
 
