@@ -105,7 +105,10 @@ def _labeled(labels: jax.Array, mask: jax.Array, num_classes: int) -> jax.Array:
 
 
 def _focal_from_cross_entropy(cross_entropy: jax.Array, gamma: float) -> jax.Array:
-    """Returns (1 - p)^gamma * -log(p), where the cross-entropy is -log(p)."""
+    """Returns the focal loss of `focal` and `mister_e`: (1 - p)^gamma * -log(p).
+
+    The cross-entropy is -log(p).
+    """
     if not gamma:
         return cross_entropy
     # 1 - p = -expm1(-cross_entropy), without cancellation. The lower bound keeps the gradient of

@@ -1,4 +1,8 @@
-"""Pads dialogues, texts and recordings to a common length, and returns masks or lengths."""
+"""Pads dialogues, texts and recordings to a common length.
+
+The functions also return a mask for dialogues and texts, and lengths for recordings. `nn.masking`
+makes the masks within encoders.
+"""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,8 @@
 """Keeps training from opening the test split.
 
-The functions in `training` that load data run under `training_splits_only`. All functions that read
-a split of a dataset call `check_split_allowed` first.
+The functions in `training.loop` and `training.runs` that load data run under
+`training_splits_only`. All functions that read a split of a dataset, in `data.storage` and
+`data.folds`, call `check_split_allowed` first.
 """
 
 import contextlib
