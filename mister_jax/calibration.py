@@ -129,9 +129,9 @@ def fit_calibration(
     """Fits a calibration that minimizes the mean negative log-likelihood of the labels.
 
     The inverse temperature has a Gaussian prior with mean 1, and each bias has one with mean 0. All
-    priors have standard deviation 1. Parameters at these means do not change the probabilities.
-    Without the priors, a few predictions that are all correct would give the minimum temperature.
-    The fitted calibration never makes the likelihood of these labels worse.
+    priors have standard deviation 1. An inverse temperature of 1 and biases of 0 do not change the
+    probabilities. Without the priors, a few predictions that are all correct would give the minimum
+    temperature. The fitted calibration never makes the likelihood of these labels worse.
 
     Args:
       probabilities: Class probabilities, [N, C].

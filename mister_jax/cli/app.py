@@ -56,7 +56,7 @@ def run(module: ModuleType) -> None:
     pipe has exited, the status is 141. Other exceptions are bugs and keep their traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        # Print texts that the terminal's encoding lacks as escape sequences.
+        # If the terminal's encoding lacks a character, print an escape sequence instead.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     names = (argument.lstrip("-").partition("=")[0] for argument in sys.argv if argument[:1] == "-")

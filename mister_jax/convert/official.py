@@ -180,7 +180,10 @@ def _key_table(kernels: list[str], gru_layers: int, fusion_layers: int) -> dict[
 def _attention(
     unit: str, query: str, key: str, value: str, attention: str, out: str, norm_name: str
 ) -> dict[str, Source]:
-    """Returns the key table for an attention block, which merges pairs of projections."""
+    """Returns the key table for an attention block.
+
+    The table merges each pair of consecutive projections into one.
+    """
     query, key, value, out = (f"{unit}.fc_{name}" for name in (query, key, value, out))
     attention = f"{unit}.multihead_attn_{attention}"
     weight, bias = f"{attention}.in_proj_weight", f"{attention}.in_proj_bias"

@@ -40,7 +40,7 @@ def random_splits(
         groups: Groups of each dialogue, for example its speakers; dialogues without groups may be
             omitted.
         name: Kind of group for the note and error messages, for example "speaker".
-        source: Source of the dialogues for error messages.
+        source: Where the dialogues come from, for error messages.
         explicit: Whether to raise an error if there are fewer connected components than splits.
         seed: Seed of the random split.
         fractions: Fractions of dialogues for training, validation and test. Each split with a

@@ -214,7 +214,7 @@ def load_classifier(name_or_folder: str | os.PathLike[str], **changes: Any) -> C
 
 
 def placeholder_names(class_names: tuple[str, ...]) -> list[str]:
-    """Returns names such as "LABEL_0", which transformers writes for unnamed classes."""
+    """Returns the class names like "LABEL_0", which transformers writes for unnamed classes."""
     return [name for name in class_names if _PLACEHOLDER_NAME.fullmatch(name)]
 
 

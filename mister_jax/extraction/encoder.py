@@ -33,7 +33,7 @@ class Input(Protocol):
       modality: "speech" or "text".
       unit: Name of the unit in which `budget` and the speed are measured.
       budget: Default maximum number of units in a batch on each device, including padding.
-      program_cost: Number of units that a device encodes in the time to compile a program.
+      program_cost: Number of units that a device encodes while one program compiles.
       steps_per_unit: Number of length steps per unit. Padded lengths are whole numbers of steps; a
         step is a token or 0.1 s.
       length_steps: Lengths in steps that batches are padded to, in addition to `max_length`.
@@ -70,7 +70,7 @@ class Input(Protocol):
 
 
 class Encoder:
-    """An utterance encoder that is compiled for all devices.
+    """An utterance encoder that runs on all devices of its partitioner.
 
     Args:
       input_: Input of the encoder.

@@ -37,7 +37,7 @@ PROSODY = "prosody"
 SECONDS_BUDGET = 120
 CPU_SECONDS_BUDGET = 30  # small enough that a layer's activations stay in the cache
 
-# Number of seconds of audio that a device encodes in the time to compile a program.
+# Seconds of audio that a device encodes while one program compiles.
 _PROGRAM_COST = 2000.0
 _CPU_PROGRAM_COST = 15.0  # for an encoder with 100 M parameters
 _PROSODY_CPU_PROGRAM_COST = 1000.0
@@ -59,8 +59,8 @@ class SpeechInput:
       max_seconds: Maximum length in seconds of a clip in a batch.
       pads_to_max: Whether to pad clips to `max_seconds`, for encoders with a fixed input length.
       split: Whether to split longer clips into windows of equal length, instead of truncating them.
-      program_cost: Number of seconds of audio that a device encodes in the time to compile a
-        program; by default, a value for encoders of typical size.
+      program_cost: Seconds of audio that a device encodes while one program compiles; by default, a
+        value for encoders of typical size.
     """
 
     modality, unit, steps_per_unit = "speech", "s of audio", 10

@@ -28,9 +28,9 @@ from mister_jax.parallel.sharding import ENCODER_SHARDING_RULES, data_mesh
 TOKEN_BUDGET = 4096
 CPU_TOKEN_BUDGET = 1024  # small enough that a layer's activations stay in the cache
 
-# Number of tokens that a device encodes in the time to compile a program. On two CPU cores, MiniLM
-# encodes 5,000 tokens in this time. `_CPU_PROGRAM_COST` is lower, to also suit larger models and
-# programs that are read from the compilation cache.
+# Number of tokens that a device encodes while one program compiles. For MiniLM on two CPU cores,
+# this is 5,000. `_CPU_PROGRAM_COST` is smaller because larger models encode fewer tokens, and
+# because programs may be read from the compilation cache instead of compiled.
 _PROGRAM_COST = 100_000
 _CPU_PROGRAM_COST = 1000
 

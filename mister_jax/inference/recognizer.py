@@ -64,8 +64,8 @@ class EmotionRecognizer(ModelHubMixin):
         that have moved; see `extraction.with_new_paths`.
       text_encoder: New path of the text encoder.
       calibrate: Whether to calibrate the probabilities, if the model has a calibration.
-      adapt_features: Whether to adapt the features of each call's utterances to the model; see
-        `data.adaptation.adapt_features`.
+      adapt_features: Whether to adapt features to the model. Each call of a method adapts the
+        features of its own utterances; see `data.adaptation.adapt_features`.
 
     Raises:
       InputError: The MiSTER-E model does not exist or is damaged, the encoders of its features are

@@ -49,7 +49,7 @@ class ConditionalRandomField(nnx.Module):
         unary = jnp.where(mask[..., None], logits.astype(jnp.float32), 0)  # B T C
         if self.causal:
             # Under `shard_map`, the scan's state must be marked as different on each device, like
-            # the logits. Adding zeros that are computed from the logits marks it.
+            # the logits. The sum has this mark because the zeros are computed from the logits.
             state = self.initial_state(mask.shape[0]) + jnp.zeros_like(unary[:, 0])
             return jax.lax.scan(self.step, state, unary.swapaxes(0, 1))[1].swapaxes(0, 1)
         transition = jax.nn.log_softmax(self.transition[...].astype(jnp.float32))  # C C

@@ -251,7 +251,11 @@ def linear_layers(module: nnx.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def _matches(path: str, target: str) -> bool:
-    """Returns whether `path` equals a target with a leading "/", or ends with any other target."""
+    """Returns whether `target` names the layer at `path`.
+
+    A target with a leading "/" is the complete path. Any other target is the last part or parts of
+    the path.
+    """
     return path == target[1:] if target.startswith("/") else f"/{path}".endswith(f"/{target}")
 
 

@@ -94,7 +94,10 @@ def _percent(score: float) -> str:
 
 
 def class_rows(settings: Settings) -> list[Row]:
-    """Returns each class with its test F1 in percent by recipe, and the paper's test F1."""
+    """Returns one row per class: its name, its test F1 with each recipe, and the paper's F1.
+
+    All scores are in percent.
+    """
     metrics = {
         recipe: read_json(fusion_folder(settings, recipe) / "metrics.json")["test"]["per_class"]
         for recipe in RECIPES

@@ -339,7 +339,10 @@ class FusionTask:
         )
 
     def zero_fill_values(self) -> dict[str, np.ndarray | float]:
-        """Returns the value of each modality that standardization maps to zero: [D], or 0."""
+        """Returns, for each modality, the vector [D] that standardization maps to zero.
+
+        For a modality without standardization, this is the number 0.
+        """
         return {
             name: self.standardizers[name].mean if name in self.standardizers else 0.0
             for name in MODALITIES

@@ -384,8 +384,8 @@ class RunBatches:
 
     Attributes:
       splits: Split of each run.
-      shapes: Result of `shared_shapes`, required for several runs. By default, the batches of a
-        single run are unchanged.
+      shapes: Result of `shared_shapes`, required for several runs. If None, the batches of a single
+        run keep their shapes.
       num_epochs: Total number of epochs. One pipeline makes the batches of consecutive epochs.
     """
 

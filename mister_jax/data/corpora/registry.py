@@ -4,8 +4,7 @@ To add a corpus, write a module in this folder that defines a subclass of `Dialo
 an entry to `CORPORA`. The key must be the name of the class in snake case, such as `radio_play` for
 `RadioPlay`, because TFDS names the dataset after the class.
 
-`mister-jax prepare --corpus` also takes sources that are no single corpus, such as `manifest`,
-`folder` and `emobox`; `data.prepare` lists them.
+Other sources of dialogues, such as `manifest`, `folder` and `emobox`, are in `data.prepare`.
 """
 
 import importlib

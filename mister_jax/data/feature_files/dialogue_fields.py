@@ -216,8 +216,9 @@ def _match_order(fields: Mapping[str, _DialogueField]) -> tuple[str, dict[str, l
 def _match_names(fields: Mapping[str, _DialogueField]) -> dict[str, list[str]]:
     """Returns, for each entry, the keys of the fields whose names and kinds fit the entry.
 
-    If several fields fit a role, the field with the name of the role is used. If there is no such
-    field, the role is left out.
+    An entry is a role or a key of `_NOTES`. A role has a single field: if several fields fit, only
+    the field whose key is the role itself, such as "text". If there is no such field, the role is
+    left out.
     """
     keys: dict[str, list[str]] = {}
     for key, field in fields.items():
